@@ -1,0 +1,1 @@
+"""What a run hands over: the encoder folder that timm loads."""
