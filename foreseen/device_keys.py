@@ -68,11 +68,11 @@ def library_generators_seeded(key: int) -> Iterator[None]:
     """Seed python, numpy and torch from a key for the library transforms run inside, then put them back."""
     python, legacy_numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)  # noqa: NPY002  (the libraries called inside use the global generator)
+    np.random.seed(key & 0xFFFFFFFF)
     torch.random.default_generator.manual_seed(key & ((1 << 63) - 1))
     try:
         yield
     finally:
         random.setstate(python)
-        np.random.set_state(legacy_numpy)  # noqa: NPY002
+        np.random.set_state(legacy_numpy)
         torch.set_rng_state(torch_state)

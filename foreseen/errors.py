@@ -1,7 +1,7 @@
 """The one exception that a user is meant to read."""
 
 
-class BadInput(ValueError):  # noqa: N818  (it names what the user gave, not what broke)
+class BadInput(ValueError):
     """What the user gave cannot work.
 
     The message is one sentence with the value, the bounds and the key or option to change. The command line prints
