@@ -1,0 +1,330 @@
+"""A job in one YAML: recipes are found, overridden, checked and frozen here.
+
+OmegaConf reads and merges, pydantic checks. The sections are the same for every verb; `method` is the options class
+of the method that `method.name` chooses from the verb's own dict, so this file knows no method.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from foreseen.errors import BadInput
+
+RECIPES = Path(__file__).parent / "configs"
+
+
+class Section(BaseModel):
+    """A part of a config: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Run(Section):
+    """How long, and what is kept."""
+
+    dir: Path
+    """Run folder; a run that finds a checkpoint of its own there goes on."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer updates; this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; the resolved config shows the steps as well."""
+    save_every: int = Field(500, ge=1)
+    """Steps between checkpoints."""
+    keep_last: int = Field(3, ge=1)
+    """Checkpoints kept besides the best."""
+    log_every: int = Field(20, ge=1)
+    """Steps between two lines of metrics; the only moments at which the host waits for the device."""
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between evaluations on the validation samples; null evaluates at every checkpoint."""
+    pictures_every: int | None = Field(None, ge=1)
+    """Steps between pictures in TensorBoard; null shows them at every checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("run.steps and run.epochs are both null; give one of them")
+        return self
+
+
+class Data(Section):
+    """Which pictures."""
+
+    path: Path | None = None
+    """Folder of shards, as `foreseen data pack` writes it; null draws procedural pets."""
+    split: str = "train"
+    test_split: str = "test"
+    """Read once, at the very end of fine-tuning."""
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of each class of `split` that fine-tuning sets aside to choose by."""
+    shots: int | None = Field(None, ge=1)
+    """Labelled samples per class that fine-tuning may train on; null takes all."""
+    subset_seed: int = 0
+    """Which samples become validation and shots."""
+    workers: int = Field(4, ge=0)
+    """Loader processes per rank; the batches do not depend on it."""
+    fast_decode: bool = True
+    """Decode plain JPEGs with torchcodec where it is installed (extra `fast`)."""
+    max_bad_fraction: float = Field(0.001, ge=0, le=1)
+    """Share of unreadable samples at which the run stops."""
+
+
+class Model(Section):
+    """Which backbone, by timm's names."""
+
+    name: str | None = None
+    """A timm model; null takes that of `init_from`."""
+    img_size: tuple[int, int] | None = None
+    """Input (height, width) in pixels; null takes `views.size`."""
+    init_from: str | None = None
+    """Weights to begin from: an encoder folder, or `timm:NAME` for public weights."""
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    args: dict[str, Any] = Field(default_factory=dict)
+    """More keyword arguments of the timm model, such as `patch_size` or `depth`."""
+
+    @field_validator("img_size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _some_model(self) -> Self:
+        if self.name is None and self.init_from is None:
+            raise ValueError("model.name and model.init_from are both null; give one of them")
+        return self
+
+
+class Views(Section):
+    """How an image becomes an input."""
+
+    size: tuple[int, int] = (224, 224)
+    """(height, width) in pixels."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest share of the image's area that a crop covers."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Narrowest and widest aspect ratio of a crop."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    rand_augment: str | None = None
+    """RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`."""
+    erase: float = Field(0.0, ge=0, le=1)
+    """Probability of random erasing, with normal noise per pixel."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means to normalise by, for pixels in [0, 1]; null takes the encoder's, else ImageNet's."""
+    std: tuple[float, float, float] | None = None
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if min(self.size) < 1:
+            raise ValueError(f"views.size must be positive, got {self.size}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"views.scale must be two rising shares in (0, 1], got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"views.ratio must be two rising positive numbers, got {self.ratio}")
+        return self
+
+
+class Optim(Section):
+    """The optimizer and its schedule, a pure function of the step."""
+
+    name: str = "adamw"
+    """A name that timm's optimizer factory knows; adamw is torch's fused one."""
+    base_lr: float = Field(gt=0)
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """The lr is base_lr × global_size / lr_reference_batch, times its square root, or base_lr as it stands."""
+    lr_reference_batch: int = Field(256, ge=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_epochs: float | None = Field(None, ge=0)
+    warmup_steps: int | None = Field(None, ge=0)
+    """Linear warm-up from 0; this or `warmup_epochs`, both null for none."""
+    min_lr: float = Field(0.0, ge=0)
+    """Where the cosine ends."""
+    clip_grad: float | None = Field(None, gt=0)
+    """Largest global gradient norm; null never clips."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Each layer's lr is this times the next one's, towards the input; the head keeps the full lr."""
+
+
+class BatchSize(Section):
+    """ranks × micro_size × accumulation = global_size."""
+
+    global_size: int = Field(ge=1)
+    """Samples per optimizer step, over all ranks."""
+    micro_size: int | None = Field(None, ge=1)
+    """Samples per rank and forward; null takes the rank's whole share at once."""
+
+
+class Compute(Section):
+    """How the arithmetic is done."""
+
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    """bf16 is autocast with fp32 weights."""
+
+
+class MethodOptions(Section):
+    """The options of a method; each method has its own class."""
+
+    name: str
+
+
+class Config(Section):
+    """One whole job."""
+
+    seed: int = Field(0, ge=0)
+    run: Run
+    data: Data = Field(default_factory=Data)
+    model: Model
+    method: MethodOptions
+    views: Views = Field(default_factory=Views)
+    optim: Optim
+    batch: BatchSize
+    compute: Compute = Field(default_factory=Compute)
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if self.model.img_size is not None and self.model.img_size != self.views.size:
+            raise ValueError(
+                f"model.img_size {list(self.model.img_size)} differs from views.size {list(self.views.size)}; "
+                "leave model.img_size out"
+            )
+        return self
+
+    def with_length(self, num_samples: int) -> "Config":
+        """The same config with both `run.steps` and `run.epochs`, and the warm-up in steps, for a set of N samples."""
+        per_epoch = num_samples / self.batch.global_size
+        steps = self.run.steps or max(1, round((self.run.epochs or 0) * per_epoch))
+        warmup = self.optim.warmup_steps
+        if warmup is None:
+            warmup = round((self.optim.warmup_epochs or 0) * per_epoch)
+        if warmup >= steps:
+            raise BadInput(
+                f"the warm-up of {warmup} steps is not shorter than the run of {steps} steps; "
+                "lower optim.warmup_epochs or optim.warmup_steps, or raise run.epochs or run.steps"
+            )
+        return self.model_copy(
+            update={
+                "run": self.run.model_copy(update={"steps": steps, "epochs": steps / per_epoch}),
+                "optim": self.optim.model_copy(update={"warmup_steps": warmup, "warmup_epochs": warmup / per_epoch}),
+            }
+        )
+
+    def to_yaml(self) -> str:
+        """The resolved config as a recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+def recipe_names(verb: str) -> list[str]:
+    """Names of the shipped recipes of a verb."""
+    return sorted(path.stem for path in (RECIPES / verb).glob("*.yaml"))
+
+
+def find_recipe(verb: str, recipe: str) -> Path:
+    """The file of a recipe: a shipped one by name, or the path of a YAML."""
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise BadInput(f"there is no recipe file {recipe}")
+        return Path(recipe)
+    path = RECIPES / verb / f"{recipe}.yaml"
+    if not path.is_file():
+        names = recipe_names(verb)
+        raise BadInput(
+            f"there is no {verb} recipe {recipe!r}{_did_you_mean(recipe, names)}; there are {', '.join(names)}, "
+            "or give the path of a .yaml file"
+        )
+    return path
+
+
+def load(
+    verb: str, recipe: str, overrides: Sequence[str], methods: Mapping[str, type[MethodOptions]]
+) -> Config:  # fmt: skip
+    """Read a recipe, apply overrides, and check the result.
+
+    Args:
+        verb: whose recipes are looked up, such as "pretrain".
+        recipe: a name or the path of a YAML.
+        overrides: dotted `key=value`, values in YAML.
+        methods: options class of each method that the verb knows.
+
+    Raises:
+        BadInput: for each key that is unknown or has a value out of bounds, a line that says so.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise BadInput(f"{override!r} is no override; write key=value, such as run.steps=100")
+    path = find_recipe(verb, recipe)
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        raw = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise BadInput(f"{path} with overrides {list(overrides)} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise BadInput(f"{path} is no recipe: it holds no sections")
+    return resolve({str(key): value for key, value in raw.items()}, methods)
+
+
+def resolve(raw: dict[str, Any], methods: Mapping[str, type[MethodOptions]]) -> Config:
+    """Check a config given as nested dicts; see `load`."""
+    options = raw.get("method")
+    name = options.get("name") if isinstance(options, dict) else None
+    if not isinstance(name, str) or name not in methods:
+        raise BadInput(
+            f"method.name is {name!r}{_did_you_mean(str(name), methods)}; there are {', '.join(sorted(methods))}"
+        )
+
+    class Resolved(Config):
+        method: methods[name]  # type: ignore[valid-type]
+
+    try:
+        return Resolved.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput("\n".join(_sentences(error, Resolved, methods))) from None
+
+
+def _sentences(error: ValidationError, config: type[Config], methods: Mapping[str, type[MethodOptions]]) -> list[str]:
+    known = list(_keys(config))
+    sentences = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            owners = [name for name, options in methods.items() if key in set(_keys(options, "method."))]
+            if owners:
+                sentences.append(f"{key!r} is an option of {', '.join(owners)}, not of the method chosen")
+            else:
+                sentences.append(f"unknown key {key!r}{_did_you_mean(key, known)}")
+        elif problem["type"] == "missing":
+            sentences.append(f"{key} is missing; give it in the recipe or as {key}=VALUE")
+        elif problem["type"] == "value_error":
+            sentences.append(str(problem["ctx"]["error"]))
+        else:
+            reason = problem["msg"].removeprefix("Input ")
+            sentences.append(f"{key} {reason}, got {problem['input']!r}")
+    return sentences
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _keys(info.annotation, f"{prefix}{name}.")
+
+
+def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    section, _, leaf = word.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    # Within its section a key is looked for by a part of its name first, so that `lr` finds `base_lr`.
+    close = sorted((name for name in siblings if leaf in name), key=len) or difflib.get_close_matches(leaf, siblings)
+    matches = [siblings[name] for name in close] or difflib.get_close_matches(word, list(known))
+    return f" (did you mean {' or '.join(repr(match) for match in matches[:2])}?)" if matches else ""

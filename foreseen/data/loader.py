@@ -1,0 +1,171 @@
+"""From positions of the stream to batches: the map-style data sets and the loaders over them.
+
+A loader is torch's own DataLoader over a range of micro-batch numbers; it has no state, so a run goes on by starting
+the range elsewhere. A sample that cannot be read is replaced by rule, so no other sample moves.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from foreseen.data.batch import Batch, BatchLayout
+from foreseen.data.decode import DecodeError, decode
+from foreseen.data.order import Order
+from foreseen.data.shards import CorruptSample, ShardSet
+from foreseen.data.views import Request, ViewCutter
+from foreseen.device_keys import as_tensor
+from foreseen.errors import BadInput
+from foreseen.keys import Keys, sample_keys, stream_constant, subkeys, uniform
+
+_SUBSTITUTES = 20  # so many unreadable samples in a row, drawn at random, are no accident
+
+
+class BatchBuilder:
+    """Reads, decodes and cuts the samples of one batch.
+
+    Args:
+        shards: the set.
+        request: what the objective wants of each sample.
+        seed: of the run.
+        fast_decode: use torchcodec for the JPEGs that it is safe for, where it is installed.
+    """
+
+    def __init__(self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True) -> None:
+        if request.labels and shards.labels is None:
+            raise BadInput(
+                f"data.path {shards.path} holds no labels in split {shards.split!r}, and this job needs them"
+            )
+        self.shards = shards
+        self.request = request
+        self.seed = seed
+        self.fast_decode = fast_decode
+
+    def build(self, positions: NDArray[np.int64], samples: NDArray[np.int64], pool: NDArray[np.int64] | None) -> Batch:
+        """Make the batch of `samples` standing at `positions`.
+
+        Args:
+            positions: [B], they key all randomness.
+            samples: [B], numbers in the set.
+            pool: sample numbers that a substitute is drawn from; None for the whole set.
+        """
+        keys = sample_keys(self.seed, positions)
+        cutter = ViewCutter(self.request.views, keys)
+        used = samples.copy()
+        problems: list[str] = []
+        for row in range(len(samples)):
+            image, used[row] = self._readable_image(int(samples[row]), keys[row : row + 1], pool, problems)
+            cutter.cut(row, image)
+        label = None
+        if self.request.labels and self.shards.labels is not None:
+            label = torch.from_numpy(self.shards.labels[used].astype(np.int64))
+        return Batch(
+            position=torch.from_numpy(positions),
+            key=as_tensor(keys),
+            sample=torch.from_numpy(used),
+            images=cutter.tensors,
+            draws=self._draws(positions),
+            label=label,
+            problems=tuple(problems),
+        )
+
+    def _readable_image(
+        self, sample: int, key: Keys, pool: NDArray[np.int64] | None, problems: list[str]
+    ) -> tuple[NDArray[np.uint8], int]:
+        for attempt in range(_SUBSTITUTES + 1):
+            try:
+                return decode(self.shards.read(sample), fast=self.fast_decode), sample
+            except (CorruptSample, DecodeError, OSError) as error:
+                problems.append(f"{self.shards.describe(sample)}: {error}")
+            # A function of the key and the attempt, so that every run replaces alike and no other sample moves.
+            draw = float(uniform(subkeys(key, f"substitute/{attempt}"), "sample", 1)[0, 0])
+            choices = len(self.shards) if pool is None else len(pool)
+            sample = int(draw * choices) if pool is None else int(pool[int(draw * choices)])
+        raise BadInput(
+            f"{_SUBSTITUTES + 1} samples in a row of {self.shards.path} could not be read, the last: {problems[-1]}; "
+            "the set is damaged, pack it again"
+        )
+
+    def _draws(self, positions: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        drawn = {}
+        for draw in self.request.draws:
+            keys = sample_keys(self.seed, positions - positions % draw.group)
+            tag = stream_constant(f"draw/{draw.name}")
+            rows = [draw.function(np.random.Generator(np.random.Philox(key=[int(k), tag]))) for k in keys]
+            drawn[draw.name] = torch.from_numpy(np.stack(rows))
+        return drawn
+
+
+class StreamDataset(Dataset[Batch]):
+    """The endless stream of a set, as seen by one rank; item number i is the rank's i-th micro-batch since step 0.
+
+    Args:
+        builder: makes the batches.
+        layout: cuts steps into micro-batches.
+        rank: whose micro-batches these are.
+        subset: sample numbers that take part, [M]; None for all.
+    """
+
+    def __init__(
+        self, builder: BatchBuilder, layout: BatchLayout, rank: int, subset: NDArray[np.int64] | None = None
+    ) -> None:
+        self.builder = builder
+        self.layout = layout
+        self.rank = rank
+        self.subset = subset
+        self.order = Order(builder.seed, len(builder.shards) if subset is None else len(subset))
+
+    def __getitem__(self, number: int) -> Batch:
+        step, micro = divmod(number, self.layout.accumulation)
+        positions = self.layout.positions(step, self.rank, micro)
+        samples = self.order.samples(positions)
+        return self.builder.build(positions, samples if self.subset is None else self.subset[samples], self.subset)
+
+
+class SweepDataset(Dataset[Batch]):
+    """Every chosen sample once, in order, for evaluation; item number i is the i-th batch of this rank.
+
+    Ranks take every `ranks`-th batch; the last batch may be smaller, and no sample is repeated to fill it.
+    """
+
+    def __init__(
+        self, builder: BatchBuilder, batch_size: int, *, rank: int = 0, ranks: int = 1,
+        subset: NDArray[np.int64] | None = None,
+    ) -> None:  # fmt: skip
+        self.builder = builder
+        self.subset = subset
+        samples = np.arange(len(builder.shards), dtype=np.int64) if subset is None else subset
+        starts = range(rank * batch_size, len(samples), ranks * batch_size)
+        self.batches = [samples[start : start + batch_size] for start in starts]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Batch:
+        samples = self.batches[number]
+        return self.builder.build(samples, samples, self.subset)
+
+
+def load(dataset: Dataset[Batch], numbers: range, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """Iterate over the items `numbers` of a data set, in their order, made ahead of time by worker processes.
+
+    Workers come from a fork server, since forking a process that runs threads is unsafe; they die with their parent.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context=_fork_server() if workers else None,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+def _fork_server():  # type: ignore[no-untyped-def]
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["foreseen.data.loader"])
+    return context

@@ -1,0 +1,120 @@
+"""The optimizer: parameter groups from an objective's rules, the lr of a step, and a step that can be skipped.
+
+A step with a non-finite gradient is skipped on the device: torch's fused optimizers leave weights and moments alone
+where `found_inf` is 1, the attribute that a GradScaler sets, so the host need not wait to learn of it. Optimizers
+without it read the flag on the host, which waits for the device once a step.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from foreseen.config import Optim
+from foreseen.engine.objective import ParameterRule
+from foreseen.engine.schedule import scaled_lr, warmup_cosine
+from foreseen.errors import BadInput
+
+
+class SteppedOptimizer:
+    """An optimizer whose lr is a function of the step.
+
+    Args:
+        module: whose parameters are trained.
+        rules: one per trained parameter, by name.
+        optim: the config's section, with `warmup_steps` resolved.
+        global_size: samples per step.
+        total_steps: length of the run.
+    """
+
+    def __init__(
+        self, module: nn.Module, rules: Mapping[str, ParameterRule], optim: Optim, *, global_size: int, total_steps: int
+    ) -> None:  # fmt: skip
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if trained.keys() != rules.keys():
+            raise ValueError(f"rules and trained parameters differ: {sorted(trained.keys() ^ rules.keys())}")
+        self._optim = optim
+        self._total_steps = total_steps
+        self.peak_lr = scaled_lr(optim.base_lr, optim.lr_scaling, global_size, optim.lr_reference_batch)
+        self.parameters = trained
+        self._rules: list[ParameterRule] = []
+        self.optimizer = _build(self._groups(trained, rules), optim, self.peak_lr)
+        self.skips_on_device = bool(self.optimizer.defaults.get("fused"))
+
+    def _groups(self, trained: dict[str, nn.Parameter], rules: Mapping[str, ParameterRule]) -> list[dict[str, Any]]:
+        by_rule: dict[ParameterRule, list[nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            by_rule.setdefault(rules[name], []).append(parameter)
+        self._rules = list(by_rule)
+        return [
+            {"params": params, "weight_decay": self._optim.weight_decay if rule.decay else 0.0}
+            for rule, params in by_rule.items()
+        ]
+
+    def lr(self, step: int) -> float:
+        """The lr of parameters without a scale of their own, in a step."""
+        optim = self._optim
+        return warmup_cosine(
+            step,
+            peak=self.peak_lr,
+            end=optim.min_lr,
+            warmup_steps=optim.warmup_steps or 0,
+            total_steps=self._total_steps,
+        )
+
+    def step(self, step: int, finite: Tensor) -> None:
+        """Make update number `step` with the gradients at hand, unless they are not finite.
+
+        Args:
+            step: from 0.
+            finite: boolean scalar on the device, the same on every rank.
+        """
+        lr = self.lr(step)
+        for group, rule in zip(self.optimizer.param_groups, self._rules, strict=True):
+            group["lr"] = lr * rule.lr_scale if step >= rule.frozen_steps else 0.0
+        if self.skips_on_device:
+            self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bool(finite):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What the optimizer remembers: tensors and plain numbers, under `<what>/<parameter's name>`."""
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, float] = {}
+        for name, parameter in self.parameters.items():
+            for what, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{what}/{name}"] = value
+                elif isinstance(value, int | float):
+                    numbers[f"{what}/{name}"] = value
+                else:
+                    raise BadInput(
+                        f"optim.name {self._optim.name!r} keeps {what!r} of type {type(value).__name__}, which a "
+                        "checkpoint cannot hold; choose another optimizer"
+                    )
+        return tensors, numbers
+
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+        """Take back what `state` gave."""
+        for key, value in {**tensors, **numbers}.items():
+            what, _, name = key.partition("/")
+            parameter = self.parameters[name]
+            if isinstance(value, Tensor):
+                # Scalars such as AdamW's step count live where the optimizer put them when it was fused or not.
+                device = parameter.device if value.ndim or self.skips_on_device else torch.device("cpu")
+                value = value.to(device, copy=True)
+            self.optimizer.state[parameter][what] = value
+
+
+def _build(groups: list[dict[str, Any]], optim: Optim, lr: float) -> Optimizer:
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
+    try:
+        return create_optimizer_v2(groups, opt=optim.name, lr=lr, weight_decay=optim.weight_decay)
+    except (ValueError, AssertionError, RuntimeError, TypeError) as error:
+        raise BadInput(f"optim.name {optim.name!r} cannot be built by timm: {error}") from error
