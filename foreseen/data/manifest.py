@@ -1,0 +1,162 @@
+"""`manifest.json`: what a packed set holds, and the only thing that makes a split exist.
+
+A set is a folder. Each split has shards `train-000000.tar`…, one index `train.index.npy` and, where there are labels,
+`train.labels.npy`. The manifest names them all and is replaced last, by rename, so that a folder is never half a set.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from foreseen import __version__
+from foreseen.errors import BadInput
+
+FORMAT, VERSION = "foreseen-shards", 1
+FILE_NAME = "manifest.json"
+WORK_PREFIX = ".packing-"
+
+
+class Shard(NamedTuple):
+    """One tar: its file name, the samples in it and its size on disk."""
+
+    name: str
+    samples: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a set.
+
+    Attributes:
+        samples: samples in all shards.
+        shards: in the order of the samples.
+        image: file name extension of the image member, without the dot.
+        index, index_digest: file with one row a sample, and the blake2b of its rows.
+        labels: file with one class number a sample, or None.
+        mean, std: of each RGB channel in [0, 1], every picture weighing the same.
+        source, licence: where the pictures came from, and under which terms.
+        plan: digest of the listing and the options that the split was packed with.
+    """
+
+    samples: int
+    shards: tuple[Shard, ...]
+    image: str
+    index: str
+    index_digest: str
+    labels: str | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    source: str | None
+    licence: str | None
+    plan: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All splits of a set and the class names that their labels count."""
+
+    splits: Mapping[str, Split]
+    classes: tuple[str, ...] | None = None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a packed set.
+
+    Raises:
+        BadInput: the folder is missing, empty, not a packed set, half packed, or its manifest makes no sense.
+    """
+    file = folder / FILE_NAME
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(_why_no_manifest(folder)) from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{file} is not text: pack the set again") from None
+    try:
+        found = json.loads(text)
+        if found["format"] != FORMAT:
+            raise ValueError(f"format is {found['format']!r}, not {FORMAT!r}")
+        if found["version"] != VERSION:
+            raise ValueError(f"version is {found['version']!r}, and this foreseen reads {VERSION}")
+        classes = None if found["classes"] is None else tuple(str(name) for name in found["classes"])
+        return Manifest({str(name): _parse_split(split) for name, split in found["splits"].items()}, classes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise BadInput(f"{file} cannot be used: {reason}") from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest atomically: a reader finds the old one or the new one, and neither is torn by a crash."""
+    splits = {name: asdict(split) | {"shards": []} for name, split in sorted(manifest.splits.items())}
+    head = {"format": FORMAT, "version": VERSION, "created_by": f"foreseen {__version__}", "classes": manifest.classes}
+    text = json.dumps(head | {"splits": splits}, indent=1)
+    for split in (manifest.splits[name] for name in splits):  # one line a shard: there may be 100,000 of them
+        lines = ",\n".join(f"    {json.dumps(shard._asdict())}" for shard in split.shards)
+        text = text.replace('"shards": []', f'"shards": [\n{lines}\n   ]', 1)
+    write_atomically(folder / FILE_NAME, text.encode() + b"\n")
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens to the process or the machine."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    with open(part, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(part, file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parse_split(found: dict[str, Any]) -> Split:
+    shards = tuple(Shard(shard["name"], shard["samples"], shard["bytes"]) for shard in found["shards"])
+    if not all(isinstance(shard.samples, int) and isinstance(shard.bytes, int) for shard in shards):
+        raise ValueError("a shard's samples and bytes must be whole numbers")
+    if (total := sum(shard.samples for shard in shards)) != found["samples"]:
+        raise ValueError(f"samples is {found['samples']}, but its shards hold {total}")
+    names = [shard.name for shard in shards] + [found["index"]] + ([found["labels"]] if found["labels"] else [])
+    for name in names:
+        if not isinstance(name, str) or not name or "/" in name or "\\" in name or name.startswith("."):
+            raise ValueError(f"{name!r} is not the name of a file beside it")
+    return Split(
+        samples=total,
+        shards=shards,
+        image=str(found["image"]),
+        index=found["index"],
+        index_digest=str(found["index_digest"]),
+        labels=found["labels"],
+        mean=_parse_statistic(found["mean"]),
+        std=_parse_statistic(found["std"]),
+        source=found["source"],
+        licence=found["licence"],
+        plan=found["plan"],
+    )
+
+
+def _parse_statistic(found: list[float] | None) -> tuple[float, ...] | None:
+    return None if found is None else tuple(float(value) for value in found)
+
+
+def _why_no_manifest(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder} does not exist: give the folder that `foreseen data pack` wrote"
+    if not folder.is_dir():
+        return f"{folder} is a file, not a folder: give the folder that `foreseen data pack` wrote"
+    names = os.listdir(folder)
+    if not names:
+        return f"{folder} is empty: pack pictures into it with `foreseen data pack SRC {folder}`"
+    if any(name.startswith(WORK_PREFIX) for name in names):
+        return f"packing into {folder} has not finished: run the same `foreseen data` command again, it goes on"
+    return f"{folder} has no {FILE_NAME}, so it is not a packed set: pack it with `foreseen data pack {folder} OUT`"
