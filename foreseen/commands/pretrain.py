@@ -1,0 +1,54 @@
+"""`foreseen pretrain`: from shards of unlabelled pictures to an encoder folder."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from foreseen.config import Config
+    from foreseen.engine.train import Outcome
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (see `foreseen recipes`) or the path of a YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides, such as optim.base_lr=1e-3.")] = None,
+) -> None:
+    """Pretrain a backbone; goes on by itself when the run folder holds a checkpoint."""
+    from foreseen.config import load
+    from foreseen.engine.preempt import EXIT_PREEMPTED
+    from foreseen.pretrain.methods import METHODS
+
+    options = {name: method.options for name, method in METHODS.items()}
+    outcome = run(load("pretrain", recipe, overrides or [], options))
+    if outcome.preempted:
+        raise typer.Exit(EXIT_PREEMPTED)
+
+
+def run(config: "Config") -> "Outcome":
+    """Make a pretraining run, to its encoder folder if it reaches the end.
+
+    Args:
+        config: of the verb "pretrain".
+    """
+    from foreseen.commands.session import open_shards, session
+    from foreseen.data.loader import BatchBuilder
+    from foreseen.engine.train import Job, train
+    from foreseen.handoff.encoder import save_encoder
+    from foreseen.handoff.lineage import describe_lineage
+    from foreseen.pretrain.methods import METHODS
+
+    with session(config) as (accelerator, say):
+        shards = open_shards(config, config.data.split, accelerator)
+        config = config.with_length(len(shards))
+        objective = METHODS[config.method.name].build(config)
+        builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=config.data.fast_decode)
+        outcome = train(Job(config, objective, builder), accelerator)
+        if accelerator.is_main_process:
+            if outcome.preempted:
+                say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
+            else:
+                folder = config.run.dir / "encoder"
+                lineage = describe_lineage(config, shards, outcome.step)
+                save_encoder(objective.encoder(), folder, preprocessing=objective.preprocessing(), lineage=lineage)
+                say(f"encoder: {folder}   timm.create_model('local-dir:{folder}')")
+    return outcome

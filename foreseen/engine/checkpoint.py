@@ -1,0 +1,175 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is a folder `step-<n>` of safetensors and JSON with a manifest of checksums. It is written beside its
+place, synced, and published by one rename, so a kill at any moment leaves the older ones untouched; one that fails its
+checksums is passed over, with a word, for the one before. It holds no generator state, no worker's position and no
+number of ranks: only (weights, optimizer, step, what the run is a function of).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from foreseen.engine.run_folder import write_atomically
+from foreseen.errors import BadInput
+
+_logger = logging.getLogger(__name__)
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds after it was read and verified."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run. Only the process that holds the run's lock may call what writes.
+
+    Args:
+        folder: `<run>/checkpoints`.
+        keep_last: how many stay besides the best.
+    """
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+
+    def clean_leftovers(self) -> None:
+        """Remove what a killed process was writing or deleting."""
+        if self.folder.is_dir():
+            for leftover in [*self.folder.glob(".tmp-*"), *self.folder.glob(".del-*")]:
+                shutil.rmtree(leftover)
+
+    def save(
+        self, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> None:  # fmt: skip
+        """Publish the checkpoint of a step, then drop those that retention no longer keeps.
+
+        Raises:
+            BadInput: the disk is full or read-only; older checkpoints are intact.
+        """
+        temporary, final = self.folder / f".tmp-{step}", self.folder / f"step-{step}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir()
+            save_file(_separate(model), temporary / "model.safetensors")
+            save_file(_separate(optimizer), temporary / "optimizer.safetensors")
+            (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=2), encoding="utf-8")
+            manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=2), encoding="utf-8")
+            for path in [*temporary.iterdir(), temporary]:
+                _sync(path)
+            if final.exists():
+                self._remove(final)
+            os.rename(temporary, final)
+            _sync(self.folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise BadInput(
+                f"the checkpoint of step {step} cannot be written to {self.folder}: {error.strerror or error}; "
+                "older checkpoints are intact, the run goes on from them once there is room"
+            ) from error
+        self._retain()
+
+    def newest_sound(self) -> int | None:
+        """The step of the newest checkpoint that verifies, or None."""
+        for step in self._steps(newest_first=True):
+            problem = self.find_damage(step)
+            if problem is None:
+                return step
+            _logger.warning("checkpoint step-%d is damaged (%s); looking for the one before", step, problem)
+        return None
+
+    def find_damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, or None."""
+        folder = self.folder / f"step-{step}"
+        try:
+            files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+            for name, expected in files.items():
+                if _digest(folder / name) != expected:
+                    return f"{name} does not match its checksum"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return str(error)
+        return None
+
+    def load(self, step: int) -> Checkpoint:
+        """Read the checkpoint of a step, onto the CPU."""
+        folder = self.folder / f"step-{step}"
+        return Checkpoint(
+            step=step,
+            model=load_file(folder / "model.safetensors"),
+            optimizer=load_file(folder / "optimizer.safetensors"),
+            state=json.loads((folder / "state.json").read_text(encoding="utf-8")),
+        )
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and score of the best checkpoint, if one was marked."""
+        path = self.folder / "best.json"
+        if not path.is_file():
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return int(content["step"]), float(content["score"])
+
+    def mark_best(self, step: int, score: float) -> None:
+        """Keep the checkpoint of a step whatever comes after."""
+        write_atomically(self.folder / "best.json", json.dumps({"step": step, "score": score}) + "\n")
+
+    def _steps(self, *, newest_first: bool = False) -> list[int]:
+        names = (path.name for path in self.folder.iterdir()) if self.folder.is_dir() else ()
+        return sorted((int(m[1]) for name in names if (m := _NAME.fullmatch(name))), reverse=newest_first)
+
+    def _retain(self) -> None:
+        best = self.best
+        for step in self._steps(newest_first=True)[self.keep_last :]:
+            if best is None or step != best[0]:
+                self._remove(self.folder / f"step-{step}")
+
+    def _remove(self, folder: Path) -> None:
+        # First out of sight, so that a kill halfway leaves no folder that looks like a checkpoint.
+        doomed = folder.with_name(f".del-{folder.name}")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that own their memory, as safetensors wants them; tied weights are stored once per name."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        shared = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
+        seen.add(storage.data_ptr())
+        separate[name] = tensor.clone() if shared else tensor
+    return separate
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

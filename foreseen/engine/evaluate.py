@@ -1,0 +1,45 @@
+"""Scoring a split: every sample once, whatever the number of ranks."""
+
+import torch
+from accelerate import Accelerator
+
+from foreseen.data.loader import SweepDataset, load
+from foreseen.data.views import finish
+from foreseen.engine.objective import Objective, all_reduce_sum
+
+
+def evaluate(
+    objective: Objective, sweep: SweepDataset, accelerator: Accelerator, *, workers: int, dtype: torch.dtype
+) -> dict[str, float]:  # fmt: skip
+    """Mean of each number that `objective.evaluate` sums, over all samples of all ranks, and their "count".
+
+    Args:
+        objective: not wrapped; put into evaluation mode for the time.
+        sweep: this rank's share of the samples.
+        accelerator: gives device and autocast.
+        workers: loader processes.
+        dtype: of the images.
+    """
+    request = objective.evaluation_request()
+    was_training = objective.training
+    objective.eval()
+    sums: dict[str, torch.Tensor] = {}
+    with torch.no_grad(), accelerator.autocast():
+        for batch in load(sweep, range(len(sweep)), workers=workers, pin_memory=accelerator.device.type == "cuda"):
+            for name, value in objective.evaluate(finish(batch, request, accelerator.device, dtype)).items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=accelerator.device)) + value
+    objective.train(was_training)
+    return _means(sums, accelerator)
+
+
+def _means(sums: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, float]:
+    # A rank may have had no batch at all, and then knows no names; rank 0 always has one.
+    names: list[list[str]] = [sorted(sums)]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(names, src=0)
+    zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    total = dict(
+        zip(names[0], all_reduce_sum(torch.stack([sums.get(n, zero) for n in names[0]])).tolist(), strict=True)
+    )
+    count = total.pop("count")
+    return {name: value / count for name, value in total.items()} | {"count": count}

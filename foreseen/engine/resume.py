@@ -1,0 +1,61 @@
+"""What makes two starts the same run: the config but for what cannot change the result, and the data."""
+
+from typing import Any
+
+from foreseen.config import Config
+from foreseen.data.order import ORDER_VERSION
+from foreseen.data.shards import ShardSet
+from foreseen.errors import BadInput
+
+# Where things lie, how they are spread over machines, and how often one looks.
+_FREE = {
+    "run.dir", "run.epochs", "run.save_every", "run.keep_last", "run.log_every", "run.eval_every",
+    "run.pictures_every", "data.path", "data.workers", "data.max_bad_fraction", "optim.warmup_epochs",
+    "batch.micro_size", "model.init_from",
+}  # fmt: skip
+
+
+def run_state(config: Config, fingerprint: str, step: int) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    return {
+        "order_version": ORDER_VERSION,
+        "samples_seen": step * config.batch.global_size,
+        "dataset_fingerprint": fingerprint,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def check_same_run(config: Config, shards: ShardSet, state: dict[str, Any]) -> None:
+    """Refuse to go on with another job's checkpoint.
+
+    Raises:
+        BadInput: names the keys that differ, or the data.
+    """
+    then, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
+    changed = [key for key in sorted(then.keys() | now.keys()) if key not in _FREE and then.get(key) != now.get(key)]
+    if changed:
+        differences = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed)
+        raise BadInput(
+            f"run.dir {config.run.dir} holds a checkpoint of another job ({differences}); "
+            "take another run.dir, or set these keys back"
+        )
+    if state["dataset_fingerprint"] != shards.fingerprint:
+        raise BadInput(
+            f"the shards of split {shards.split!r} in data.path {shards.path} changed since the checkpoint at sample "
+            f"{state['samples_seen']}; bring the old ones back, or take another run.dir"
+        )
+    if state["order_version"] != ORDER_VERSION:
+        raise BadInput(
+            f"run.dir {config.run.dir} was begun with order version {state['order_version']}, this program has "
+            f"{ORDER_VERSION}; go on with the older program, or take another run.dir"
+        )
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

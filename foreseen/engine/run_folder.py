@@ -1,0 +1,95 @@
+"""The run folder: who holds it, what made it, and files that appear whole or not at all.
+
+config.yaml        the resolved config
+environment.json   each start of the run: command, versions, machine
+metrics.jsonl      the source of truth of every number
+tensorboard/       the same numbers and pictures
+checkpoints/       step-<n>/
+encoder/           the hand-off
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from foreseen.errors import BadInput
+
+_PACKAGES = ("foreseen", "torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pillow")
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Replace a small file so that a reader, or a crash, sees the old or the new one whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class RunLock:
+    """Holds a run folder for one job; a second one is refused. The kernel frees it when the process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise BadInput(f"run.dir {self._path.parent} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise BadInput(f"run.dir {self._path.parent} is in use by {holder}; wait for it or take another") from error
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.truncate(0)
+            self._file.close()
+
+
+def describe_start(devices: Mapping[str, Any]) -> dict[str, Any]:
+    """What a later reader must know of this start to repeat it: command, versions, machine, date."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": ["foreseen", *sys.argv[1:]],
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "machine": {"system": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count(), **devices},
+    }
+
+
+def record_start(folder: Path, start: Mapping[str, Any]) -> None:
+    """Add a start to environment.json."""
+    path = folder / "environment.json"
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    write_atomically(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

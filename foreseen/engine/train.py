@@ -1,0 +1,337 @@
+"""THE loop: drives any objective from the first step, or the newest checkpoint, to the last.
+
+One step: take this rank's micro-batches, `prepare`, forward and backward each, clip once, update unless a gradient is
+not finite, `after_step`. The host reads nothing from the device but when it logs.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from foreseen.config import Config
+from foreseen.data.batch import Batch, BatchLayout
+from foreseen.data.loader import BatchBuilder, StreamDataset, SweepDataset, load
+from foreseen.data.views import finish
+from foreseen.engine.checkpoint import Checkpoint, Checkpoints
+from foreseen.engine.evaluate import evaluate
+from foreseen.engine.launch import place, wrap
+from foreseen.engine.log import Meter, RunLog, duration
+from foreseen.engine.objective import Objective, Progress, all_reduce_sum
+from foreseen.engine.optimizer import SteppedOptimizer
+from foreseen.engine.preempt import Preemption
+from foreseen.engine.resume import check_same_run, run_state
+from foreseen.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run is made of.
+
+    Attributes:
+        config: with its length resolved.
+        objective: on the CPU, drawn from the config's seed.
+        builder: of the training batches.
+        subset: sample numbers trained on; None for all.
+        validation: this rank's share of the samples to choose by, if any.
+        choose_by: the validation number whose largest value marks the best checkpoint.
+    """
+
+    config: Config
+    objective: Objective
+    builder: BatchBuilder
+    subset: Any = None
+    validation: SweepDataset | None = None
+    choose_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run ended."""
+
+    step: int
+    preempted: bool
+    best_step: int | None = None
+
+
+def train(job: Job, accelerator: Accelerator) -> Outcome:
+    """Run a job to its end, or to the step after which it was told to stop.
+
+    The caller holds the run folder's lock on rank 0. A run folder with a checkpoint of this very job is continued.
+    """
+    config, run = job.config, job.config.run
+    trainer = _Trainer(job, accelerator)
+    step = trainer.restore()
+    log = RunLog(run.dir, trainer.total_steps, step, speaks=accelerator.is_main_process)
+    if step:
+        log.say(f"going on from step {step} of {trainer.total_steps}")
+    try:
+        with Preemption(accelerator.num_processes) as preemption, _memory_advice(config, trainer.layout):
+            trainer.settle_buckets()
+            batches = trainer.batches(step)
+            job.objective.train()
+            stopped = False
+            while step < trainer.total_steps and not stopped:
+                first = trainer.step(step, batches)
+                step += 1
+                stopped = preemption.agreed(step)
+                ended = step == trainer.total_steps
+                evaluates = job.validation is not None and (ended or _every(run.eval_every or run.save_every, step))
+                saves = stopped or ended or evaluates or _every(run.save_every, step)
+                if saves or _every(run.log_every, step):
+                    trainer.log(step, log)
+                with trainer.meter.paused():
+                    if ended or _every(run.pictures_every or run.save_every, step):
+                        trainer.show(step, first, log)
+                    score = trainer.validate(step, log) if evaluates else None
+                    if saves:
+                        trainer.save(step, score)
+                log.advance(step)
+    finally:
+        log.close()
+    best = trainer.checkpoints.best
+    return Outcome(step, stopped and step < trainer.total_steps, best[0] if best else None)
+
+
+def _every(interval: int, step: int) -> bool:
+    return step % interval == 0
+
+
+class _Trainer:
+    """The state of a run while it is being made, and what happens in one step."""
+
+    def __init__(self, job: Job, accelerator: Accelerator) -> None:
+        config = job.config
+        self.job = job
+        self.accelerator = accelerator
+        self.dtype = torch.float64 if config.compute.precision == "fp64" else torch.float32
+        self.total_steps = config.run.steps or 0
+        ranks = accelerator.num_processes
+        micro_size = config.batch.micro_size or max(1, config.batch.global_size // ranks)
+        self.layout = BatchLayout(config.batch.global_size, micro_size, ranks)
+        if micro_size % job.objective.group:
+            raise BadInput(
+                f"batch.micro_size {micro_size} is no multiple of {job.objective.group}, the size of the groups in "
+                f"which {config.method.name} relates images to each other"
+            )
+        self.stream = StreamDataset(job.builder, self.layout, accelerator.process_index, job.subset)
+        place(job.objective, accelerator, config.compute)
+        self.optimizer = SteppedOptimizer(
+            job.objective,
+            job.objective.parameter_rules(config.optim.layer_decay),
+            config.optim,
+            global_size=config.batch.global_size,
+            total_steps=self.total_steps,
+        )
+        self.model: nn.Module = wrap(job.objective, accelerator)
+        self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.run.keep_last)
+        self.meter = Meter()
+        self.skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        self.problems: list[str] = []
+        self.unreadable = 0
+
+    def progress(self, step: int) -> Progress:
+        config = self.job.config
+        return Progress(
+            step=step,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.total_steps / (config.run.epochs or 1.0),
+            seed=config.seed,
+            ranks=self.layout.ranks,
+            micro_batches=self.layout.accumulation,
+        )
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        numbers = range(step * self.layout.accumulation, self.total_steps * self.layout.accumulation)
+        cuda = self.accelerator.device.type == "cuda"
+        return load(self.stream, numbers, workers=self.job.config.data.workers, pin_memory=cuda)
+
+    def settle_buckets(self) -> None:
+        """Let DDP lay out its gradient buckets before the first step.
+
+        It lays them out anew after its first backward, and the order of sums over three and more ranks depends on
+        the layout; so a resumed run would add in another order than an unbroken one. Two passes of weight zero,
+        at every start, put both in the same state.
+        """
+        if self.layout.ranks == 1:
+            return
+        batch = self._finished(self.stream[0])
+        progress = Progress(0, self.total_steps, 1.0, self.job.config.seed, self.layout.ranks, 1)
+        for _ in range(2):
+            with torch.no_grad(), self.accelerator.autocast():
+                prepared = self.job.objective.prepare([batch], progress)[0]
+            self.accelerator.backward(self.model(batch, prepared, progress)["loss"] * 0.0)
+            self.optimizer.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, step: int, batches: Iterator[Batch]) -> Batch:
+        """Make one update; returns the first micro-batch, for pictures."""
+        objective, accumulation = self.job.objective, self.layout.accumulation
+        progress = self.progress(step)
+        waiting = time.perf_counter()
+        loaded = [next(batches) for _ in range(accumulation)]
+        waited_s = time.perf_counter() - waiting
+        micro_batches = [self._finished(batch) for batch in loaded]
+
+        with torch.no_grad(), self.accelerator.autocast():
+            prepared = objective.prepare(micro_batches, progress)
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(micro_batches):
+            last = number == accumulation - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                losses = self.model(batch, prepared[number], progress)
+                self.accelerator.backward(losses["loss"] / accumulation)
+            for name, value in losses.items():
+                share = value.detach() / accumulation
+                sums[name] = sums[name] + share if name in sums else share
+
+        norm, finite = self._clip()
+        self.optimizer.step(step, finite)
+        with torch.no_grad():
+            objective.after_step(progress, finite)
+            self.skipped += ~finite
+            # One bad step would hide the interval's mean behind a NaN.
+            shown = {name: torch.where(finite, value, torch.zeros_like(value)) for name, value in sums.items()}
+            shown |= {"grad_norm": torch.where(finite, norm, 0.0), "finite": finite.to(torch.float32)}
+        self.meter.add(shown, samples=self.layout.global_size, waited_s=waited_s)
+        return micro_batches[0]
+
+    def _finished(self, batch: Batch) -> Batch:
+        self.problems.extend(batch.problems)
+        return finish(batch, self.job.objective.request, self.accelerator.device, self.dtype)
+
+    def _clip(self) -> tuple[Tensor, Tensor]:
+        """Gradient norm before clipping, and whether it is finite: both the same on every rank after DDP."""
+        gradients = [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        limit = self.job.config.optim.clip_grad
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters.values(), limit, norm)
+        return norm, torch.isfinite(norm)
+
+    def log(self, step: int, log: RunLog) -> None:
+        """Write the numbers of the steps since the last line."""
+        elapsed_s, waited_s, samples = self.meter.elapsed_s, self.meter.waited_s, self.meter.samples
+        means = self.meter.means(self.layout.ranks)
+        finite = means.pop("finite")
+        means = {name: value / finite if finite else float("nan") for name, value in means.items()}
+        health = {f"health/{name}": float(value) for name, value in self.job.objective.health().items()}
+        unreadable, skipped = self._count_problems(step, log), int(self.skipped)
+        values = {
+            "epoch": step * self.layout.global_size / len(self.stream.order),
+            **means,
+            "lr": self.optimizer.lr(step - 1),
+            **health,
+            "skipped_steps": skipped,
+            "unreadable_samples": unreadable,
+            "images_per_s": samples / elapsed_s,
+            "data_wait": waited_s / elapsed_s,
+        }
+        left_s = (self.total_steps - step) * elapsed_s * self.layout.global_size / samples
+        line = (
+            f"step {step}/{self.total_steps}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  "
+            f"lr {values['lr']:.3g}  {values['images_per_s']:.0f} img/s  data wait {values['data_wait']:.0%}  "
+            f"ETA {duration(left_s)}"
+        )
+        if skipped:
+            line += f"  skipped {skipped} non-finite steps"
+        log.scalars(step, values, line=line)
+        self.meter.reset()
+
+    def _count_problems(self, step: int, log: RunLog) -> int:
+        for problem in self.problems[:5]:
+            log.say(f"unreadable, replaced: {problem}")
+        found = torch.tensor(len(self.problems), dtype=torch.int64, device=self.accelerator.device)
+        self.unreadable += int(all_reduce_sum(found))
+        seen = step * self.layout.global_size
+        limit = self.job.config.data.max_bad_fraction
+        if self.unreadable > max(limit * seen, limit * len(self.stream.order)) and self.unreadable > 1:
+            raise BadInput(
+                f"{self.unreadable} of {seen} samples could not be read, more than data.max_bad_fraction {limit} "
+                f"allows; the last: {self.problems[-1] if self.problems else 'on another rank'}"
+            )
+        self.problems.clear()
+        return self.unreadable
+
+    def show(self, step: int, batch: Batch, log: RunLog) -> None:
+        """Send the objective's pictures of a batch to TensorBoard."""
+        if not self.accelerator.is_main_process:
+            return
+        objective = self.job.objective
+        objective.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            log.pictures(step, objective.pictures(batch, self.progress(step - 1)))
+        objective.train()
+
+    def validate(self, step: int, log: RunLog) -> float | None:
+        """Score the validation samples; returns the number to choose by."""
+        job = self.job
+        if job.validation is None:
+            return None
+        started = time.perf_counter()
+        numbers = evaluate(
+            job.objective, job.validation, self.accelerator, workers=job.config.data.workers, dtype=self.dtype
+        )
+        values = {f"validation/{name}": value for name, value in numbers.items()}
+        line = f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        log.scalars(step, values | {"validation/seconds": time.perf_counter() - started}, line=line)
+        return numbers[job.choose_by] if job.choose_by else None
+
+    def save(self, step: int, score: float | None) -> None:
+        """Publish a checkpoint; rank 0 writes, since no state differs between ranks."""
+        if self.accelerator.is_main_process:
+            tensors, numbers = self.optimizer.state()
+            state = run_state(self.job.config, self.job.builder.shards.fingerprint, step) | {
+                "optimizer": numbers,
+                "skipped_steps": int(self.skipped),
+                "unreadable_samples": self.unreadable,
+            }
+            best = self.checkpoints.best
+            improved = score is not None and (best is None or score > best[1])
+            self.checkpoints.save(step, self.job.objective.state_dict(), tensors, state)
+            if score is not None and improved:
+                self.checkpoints.mark_best(step, score)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> int:
+        """Go on from the newest sound checkpoint of this run; returns the updates already made."""
+        newest: list[int | None] = [None]
+        if self.accelerator.is_main_process:
+            self.checkpoints.clean_leftovers()
+            newest = [self.checkpoints.newest_sound()]
+        if self.layout.ranks > 1:
+            torch.distributed.broadcast_object_list(newest, src=0)
+        if newest[0] is None:
+            return 0
+        found = self.checkpoints.load(newest[0])
+        check_same_run(self.job.config, self.job.builder.shards, found.state)
+        self.job.objective.load_state_dict(found.model)
+        self.optimizer.load_state(found.optimizer, found.state["optimizer"])
+        self.skipped.fill_(found.state["skipped_steps"])
+        self.unreadable = found.state["unreadable_samples"]
+        return found.step
+
+
+def load_best(job: Job, outcome: Outcome) -> Checkpoint:
+    """The checkpoint that a finished run is judged by: the best on validation, else the last."""
+    folder: Path = job.config.run.dir / "checkpoints"
+    return Checkpoints(folder, job.config.run.keep_last).load(outcome.best_step or outcome.step)
+
+
+@contextlib.contextmanager
+def _memory_advice(config: Config, layout: BatchLayout) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not exhausted:
+            raise
+        raise BadInput(
+            f"memory ran out at batch.micro_size {layout.micro_size}; set batch.micro_size={layout.micro_size // 2}: "
+            f"the global batch stays {config.batch.global_size} through accumulation, and so do the results"
+        ) from error

@@ -1,0 +1,136 @@
+"""A timm ViT that computes only the patches it is shown, and the decoder that fills in the others.
+
+Letters: B images, C channels, H and W pixels, L patches, V of them visible and M hidden, P prefix tokens (CLS,
+distillation, registers), D `embed_dim`. A patch is a vector of ph * pw * C pixel values in the order (row, column,
+channel).
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from foreseen.errors import BadInput
+from foreseen.models.sincos import sincos_table
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Cut images into patches: [B, C, H, W] -> [B, L, ph * pw * C], row-major."""
+    b, c, h, w = images.shape
+    ph, pw = patch_size
+    patches = images.reshape(b, c, h // ph, ph, w // pw, pw).permute(0, 2, 4, 3, 5, 1)
+    return patches.reshape(b, (h // ph) * (w // pw), ph * pw * c)
+
+
+def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Put patches back together: [B, L, ph * pw * C] -> [B, C, H, W]."""
+    b, (ph, pw), (rows, columns) = len(patches), patch_size, grid
+    images = patches.reshape(b, rows, columns, ph, pw, -1).permute(0, 5, 1, 3, 2, 4)
+    return images.reshape(b, -1, rows * ph, columns * pw)
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens of each image: [B, L, D] and [B, K] -> [B, K, D]."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def check_plain_vit(model: nn.Module, name: str | None) -> VisionTransformer:
+    """The model itself, if its patches can be hidden.
+
+    Raises:
+        BadInput: it is no plain ViT, or has no position table of its own.
+    """
+    plain = isinstance(model, VisionTransformer) and type(model.patch_embed) is PatchEmbed
+    if not plain or model.pos_embed is None:
+        raise BadInput(
+            f"model.name {name} is no plain ViT with a position table, whose patches can be left out; "
+            "take one of timm's vit_*, deit_* or deit3_* models"
+        )
+    return model
+
+
+def encode_visible(vit: VisionTransformer, patches: Tensor, visible: Tensor) -> Tensor:
+    """Run a ViT on some patches of each image; the others cost nothing.
+
+    Args:
+        vit: a plain ViT.
+        patches: all patches, [B, L, ph * pw * C].
+        visible: numbers of the patches to see, [B, V].
+
+    Returns:
+        [B, P + V, D] after the final norm: prefix tokens, then patches in the order of `visible`.
+    """
+    projection = vit.patch_embed.proj
+    weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # to the pixel order of a patch
+    x = vit.patch_embed.norm(F.linear(take(patches, visible), weight, projection.bias))
+    prefix = [t for t in (vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token) if t is not None]
+    num_prefix = sum(token.shape[1] for token in prefix)
+    positions = vit.pos_embed[0]
+    if not vit.no_embed_class:
+        prefix = [torch.cat(prefix, dim=1) + positions[:num_prefix]] if prefix else []
+        positions = positions[num_prefix:]
+    x = x + positions[visible]
+    x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
+    for block in (vit.norm_pre, *vit.blocks):
+        x = block(x)
+    return vit.norm(x)  # type: ignore[no-any-return]
+
+
+class PatchDecoder(nn.Module):
+    """A small ViT that predicts the pixels of hidden patches from the tokens of visible ones.
+
+    Args:
+        encoder_dim: width of the tokens that come in.
+        patch_dim: values of a patch, ph * pw * C.
+        grid: rows and columns of patches.
+        embed_dim, depth, num_heads: of the decoder's blocks.
+
+    Source: He et al. 2022, arXiv:2111.06377, section 3; facebookresearch/mae at efb2a80, models_mae.py.
+    """
+
+    def __init__(
+        self, encoder_dim: int, patch_dim: int, grid: tuple[int, int], *, embed_dim: int, depth: int, num_heads: int
+    ) -> None:  # fmt: skip
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.embed = nn.Linear(encoder_dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.register_buffer("pos_embed", sincos_table(grid, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
+        self.norm = norm(embed_dim)
+        self.pred = nn.Linear(embed_dim, patch_dim)
+
+    def tokens(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Tokens of the whole image after the last block.
+
+        Attention does not care for the order of tokens that carry their positions, so they stay in the order
+        prefix, visible, hidden and are never sorted back.
+
+        Args:
+            latent: the encoder's tokens, [B, P + V, D].
+            visible, hidden: numbers of the patches, [B, V] and [B, M].
+
+        Returns:
+            [B, P + V + M, embed_dim].
+        """
+        x = self.embed(latent)
+        prefix, seen = x.split([x.shape[1] - visible.shape[1], visible.shape[1]], dim=1)
+        seen = seen + self.pos_embed[visible]
+        unseen = self.mask_token + self.pos_embed[hidden]
+        x = torch.cat([prefix, seen, unseen.to(seen.dtype)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x  # type: ignore[no-any-return]
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        """The pixels of patches: [B, K, embed_dim] -> [B, K, ph * pw * C]."""
+        return self.pred(self.norm(tokens))  # type: ignore[no-any-return]
+
+    def forward(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """The pixels of the hidden patches, [B, M, ph * pw * C], in the order of `hidden`."""
+        return self.predict(self.tokens(latent, visible, hidden)[:, -hidden.shape[1] :])

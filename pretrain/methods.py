@@ -1,0 +1,21 @@
+"""Every pretraining method, by the name that recipes use."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from foreseen.config import Config, MethodOptions
+from foreseen.engine.objective import Objective
+from foreseen.pretrain.mae import MAE, MAEOptions
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: its options, and how a config becomes the objective, drawing weights on the CPU."""
+
+    options: type[MethodOptions]
+    build: Callable[[Config], Objective]
+
+
+METHODS: dict[str, Method] = {
+    "mae": Method(MAEOptions, MAE.build),
+}
