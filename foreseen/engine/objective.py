@@ -20,7 +20,7 @@ Rules that make a run independent of ranks and accumulation:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -86,6 +86,18 @@ class Objective(nn.Module):
     """
 
     group: int = 1
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the networks that are trained; teachers and tokenizers, which are not, stay as in evaluation.
+
+        So no batch statistics or dropout of a frozen network depend on how a batch is cut.
+        """
+        super().train(mode)
+        for network in self.children():
+            parameters = list(network.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                network.eval()
+        return self
 
     @property
     def request(self) -> Request:
@@ -153,4 +165,11 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, in place where there are several; for use in `prepare`."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value)
+    return value
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """The largest of each entry over all ranks, in place where there are several; for use in `prepare`."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +17,9 @@ from foreseen.config import Optim
 from foreseen.engine.objective import ParameterRule
 from foreseen.engine.schedule import scaled_lr, warmup_cosine
 from foreseen.errors import BadInput
+
+
+_GROUP = "group"
 
 
 class SteppedOptimizer:
@@ -43,6 +46,7 @@ class SteppedOptimizer:
         self._rules: list[ParameterRule] = []
         self.optimizer = _build(self._groups(trained, rules), optim, self.peak_lr)
         self.skips_on_device = bool(self.optimizer.defaults.get("fused"))
+        self._settings = set(self.optimizer.param_groups[0])
 
     def _groups(self, trained: dict[str, nn.Parameter], rules: Mapping[str, ParameterRule]) -> list[dict[str, Any]]:
         by_rule: dict[ParameterRule, list[nn.Parameter]] = {}
@@ -85,7 +89,12 @@ class SteppedOptimizer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What the optimizer remembers: tensors and plain numbers, under `<what>/<parameter's name>`."""
         tensors: dict[str, Tensor] = {}
-        numbers: dict[str, float] = {}
+        # Some optimizers count their steps in the group rather than per parameter.
+        numbers: dict[str, float] = {
+            f"{_GROUP}/{number}/{what}": group[what]
+            for number, group in enumerate(self.optimizer.param_groups)
+            for what in group.keys() - self._settings
+        }
         for name, parameter in self.parameters.items():
             for what, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
@@ -103,6 +112,10 @@ class SteppedOptimizer:
         """Take back what `state` gave."""
         for key, value in {**tensors, **numbers}.items():
             what, _, name = key.partition("/")
+            if what == _GROUP:
+                number, _, entry = name.partition("/")
+                self.optimizer.param_groups[int(number)][entry] = value
+                continue
             parameter = self.parameters[name]
             if isinstance(value, Tensor):
                 # Scalars such as AdamW's step count live where the optimizer put them when it was fused or not.
@@ -115,6 +128,9 @@ def _build(groups: list[dict[str, Any]], optim: Optim, lr: float) -> Optimizer:
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
     try:
-        return create_optimizer_v2(groups, opt=optim.name, lr=lr, weight_decay=optim.weight_decay)
+        info = get_optimizer_info(optim.name)
+        known = {"betas": optim.betas} if info.has_betas else {}
+        known |= {"eps": optim.eps} if info.has_eps else {}  # type: ignore[dict-item]
+        return create_optimizer_v2(groups, opt=optim.name, lr=lr, weight_decay=optim.weight_decay, **known)
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
         raise BadInput(f"optim.name {optim.name!r} cannot be built by timm: {error}") from error

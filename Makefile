@@ -1,0 +1,31 @@
+# Each target sets up what it needs: only Python >= 3.11 must be there. PYTHON chooses which one.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint proof clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/foreseen quickstart
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The full matrices, by hand: everything, one process, nothing skipped but what needs a GPU.
+proof: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foreseen needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)

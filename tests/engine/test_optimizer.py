@@ -1,0 +1,83 @@
+"""The optimizer follows the schedule and the rules, and skips a step that is not finite."""
+
+import pytest
+import torch
+from torch import nn
+
+from foreseen.config import Optim
+from foreseen.engine.objective import ParameterRule
+from foreseen.engine.optimizer import SteppedOptimizer
+from foreseen.errors import BadInput
+
+
+def _optimizer(module: nn.Module, rules: dict[str, ParameterRule] | None = None, **optim: object) -> SteppedOptimizer:
+    rules = rules or {name: ParameterRule() for name, _ in module.named_parameters()}
+    section = Optim.model_validate({"base_lr": 0.1, "lr_scaling": "none", **optim})
+    return SteppedOptimizer(module, rules, section, global_size=8, total_steps=10)
+
+
+def _give_gradients(module: nn.Module, value: float = 1.0) -> None:
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
+    module = nn.Linear(3, 2)
+    optimizer = _optimizer(module, name=name)
+    _give_gradients(module)
+    optimizer.step(0, torch.tensor(True))
+    before = [p.clone() for p in module.parameters()]
+    tensors, numbers = optimizer.state()
+    tensors = {key: value.clone() for key, value in tensors.items()}
+    _give_gradients(module, float("nan"))
+    optimizer.step(1, torch.tensor(False))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    after, numbers_after = optimizer.state()
+    assert tensors.keys() == after.keys()
+    assert all(torch.equal(tensors[key], after[key]) for key in tensors)
+    assert numbers == numbers_after
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_state_that_was_taken_and_put_back_gives_the_same_next_step(name: str) -> None:
+    torch.manual_seed(0)
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    first = _optimizer(one, name=name)
+    for step in range(3):
+        _give_gradients(one, step + 1.0)
+        first.step(step, torch.tensor(True))
+    two.load_state_dict(one.state_dict())
+    second = _optimizer(two, name=name)
+    second.load_state(*first.state())
+    for module, optimizer in ((one, first), (two, second)):
+        _give_gradients(module, 0.5)
+        optimizer.step(3, torch.tensor(True))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_rules_scale_the_lr_and_switch_decay_off() -> None:
+    module = nn.Linear(3, 2)
+    rules = {"weight": ParameterRule(lr_scale=0.25), "bias": ParameterRule(decay=False)}
+    optimizer = _optimizer(module, rules, weight_decay=0.3, warmup_steps=2)
+    _give_gradients(module)
+    optimizer.step(1, torch.tensor(True))
+    groups = {len(g["params"][0].shape): g for g in optimizer.optimizer.param_groups}
+    assert (groups[2]["lr"], groups[2]["weight_decay"]) == (pytest.approx(0.1 * 0.5 * 0.25), 0.3)
+    assert (groups[1]["lr"], groups[1]["weight_decay"]) == (pytest.approx(0.05), 0.0)
+
+
+def test_a_frozen_parameter_stands_still_until_its_time() -> None:
+    module = nn.Linear(3, 2)
+    rules = {"weight": ParameterRule(frozen_steps=2), "bias": ParameterRule()}
+    optimizer = _optimizer(module, rules, weight_decay=0.3)
+    start = module.weight.clone()
+    for step in range(3):
+        _give_gradients(module)
+        optimizer.step(step, torch.tensor(True))
+        assert torch.equal(module.weight, start) == (step < 2)
+
+
+def test_an_unknown_optimizer_is_a_sentence() -> None:
+    with pytest.raises(BadInput, match="optim.name 'adamv'"):
+        _optimizer(nn.Linear(3, 2), name="adamv")
