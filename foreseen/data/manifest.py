@@ -39,7 +39,7 @@ class Split:
         labels: file with one class number a sample, or None.
         mean, std: of each RGB channel in [0, 1], every picture weighing the same.
         source, licence: where the pictures came from, and under which terms.
-        plan: digest of the listing and the options that the split was packed with.
+        plan: the options that the split was packed with, and a digest of what was listed.
     """
 
     samples: int
@@ -52,7 +52,7 @@ class Split:
     std: tuple[float, ...] | None
     source: str | None
     licence: str | None
-    plan: str | None
+    plan: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,281 @@
+"""Pack pictures into shards: in parallel, atomically, going on after a kill. `publish.py` has the folder's side."""
+
+import errno
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_end
+from pathlib import Path
+
+import numpy as np
+
+from foreseen.data.manifest import write_atomically
+from foreseen.data.publish import Plan, begin, is_finished, lock_folder, publish, read_manifest_or_none_yet
+from foreseen.data.source import SourceSample
+from foreseen.data.write_shard import ShardJob, ShardResult, write_shard
+from foreseen.errors import BadInput
+from foreseen.keys import sample_keys, subkeys
+
+Progress = Callable[[int, int], None]
+
+_LOSSLESS_SUFFIXES = frozenset({".png", ".bmp", ".gif", ".tif", ".tiff"})
+_JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a packing did.
+
+    Attributes:
+        path, split: the set's folder and the split that is new in it.
+        samples, shards, bytes: what the split holds.
+        image: extension of its pictures.
+        unreadable: name and reason of each picture left out; also in OUT/SPLIT.unreadable.txt.
+        converted, shrunk: pictures encoded anew because of their format, and because of their size.
+        kept_shards: shards that an earlier, killed packing had finished.
+    """
+
+    path: Path
+    split: str
+    samples: int
+    shards: int
+    bytes: int
+    image: str
+    unreadable: list[tuple[str, str]]
+    converted: int
+    shrunk: int
+    kept_shards: int
+
+
+def pack(
+    samples: Sequence[SourceSample],
+    out: str | Path,
+    split: str,
+    *,
+    classes: Sequence[str] | None = None,
+    shard_samples: int = 1000,
+    max_side: int | None = None,
+    quality: int = 90,
+    seed: int = 0,
+    workers: int | None = None,
+    source: str | None = None,
+    licence: str | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Pack samples into one split of the set in a folder, which is made if need be.
+
+    The samples are shuffled by the seed and cut into shards. Bytes are kept as they are, except where a picture is
+    shrunk or has another format than the set: that of all the files if they agree, else PNG where all of them are
+    lossless, else JPEG.
+
+    Args:
+        samples: what to pack; read only by index, so they may be made on the fly.
+        out: the set's folder. Other splits may be in it already.
+        split: name of the split.
+        classes: names of the labels' classes.
+        shard_samples: samples in a shard.
+        max_side: longest side in pixels; larger pictures are shrunk (Lanczos) and encoded anew. None keeps them.
+        quality: JPEG or WEBP quality of shrunk pictures.
+        seed: of the shuffle.
+        workers: processes; None is one a CPU, 1 works in this process. The result does not depend on it. From a
+            script, more than one needs the usual `if __name__ == "__main__":`.
+        source, licence: kept in the manifest.
+        strict: refuse the whole split if any picture is unreadable, instead of leaving those out.
+        overwrite: replace the split if it exists.
+        progress: called now and then with the samples done and the samples in all.
+
+    Raises:
+        BadInput: an option out of bounds, no samples, the split exists, an unfinished packing of something else is in
+            the way, a full disk, nothing readable, or anything unreadable with `strict`.
+    """
+    out, classes = Path(out), None if classes is None else tuple(classes)
+    workers = count_cpus() if workers is None else workers
+    _check_options(split, shard_samples, max_side, quality, workers)
+    if len(samples) == 0:
+        raise BadInput(f"there are no pictures to pack into the split {split!r} of {out}")
+    plan = Plan(
+        split=split,
+        samples=len(samples),
+        listing=_digest_listing(samples),
+        classes=classes,
+        image=_choose_format({os.path.splitext(sample.name)[1].lower() for sample in samples}),
+        max_side=max_side,
+        quality=quality,
+        shard_samples=shard_samples,
+        seed=seed,
+        source=source,
+        licence=licence,
+    )
+    with lock_folder(out):
+        manifest = read_manifest_or_none_yet(out)
+        if (old := manifest.splits.get(split)) is not None and not overwrite:
+            has = f"already has a split {split!r} of {old.samples:,} samples"
+            raise BadInput(f"{out} {has}: give another --split or folder, or --overwrite")
+        if classes is not None and manifest.classes not in (None, classes):
+            raise BadInput(f"{out} has a split with other classes: give another folder, or the same classes")
+        work = begin(out, plan, manifest)
+        shards = [work / f"{split}-{shard:06d}.tar" for shard in range(-(-len(samples) // shard_samples))]
+        kept = [shard for shard in shards if is_finished(shard)]
+        try:
+            results = _write_shards(samples, plan, shards, set(kept), workers, progress)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise BadInput(f"the disk of {out} is full: make room and run the same command again, it goes on") from None
+        unreadable = [(name, reason) for result in results for name, reason in result.unreadable]
+        _report_unreadable(out / f"{split}.unreadable.txt", unreadable)
+        if unreadable and (strict or len(unreadable) == len(samples)):
+            shutil.rmtree(work)
+            raise BadInput(_refusal(out, split, unreadable, len(samples)))
+        entry = publish(out, work, plan, shards, results)
+    return Summary(
+        path=out,
+        split=split,
+        samples=entry.samples,
+        shards=len(entry.shards),
+        bytes=sum(shard.bytes for shard in entry.shards),
+        image=plan.image,
+        unreadable=unreadable,
+        converted=sum(result.converted for result in results),
+        shrunk=sum(result.shrunk for result in results),
+        kept_shards=len(kept),
+    )
+
+
+def count_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_options(split: str, shard_samples: int, max_side: int | None, quality: int, workers: int) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", split):
+        raise BadInput(f"--split is {split!r}, it must be of letters, digits, - and _")
+    for option, value, low, high in (
+        ("--shard-samples", shard_samples, 1, 1_000_000),
+        ("--max-side", max_side, 1, 65_500),
+        ("--quality", quality, 1, 100),
+        ("--workers", workers, 1, 1024),
+    ):
+        if value is not None and not low <= value <= high:
+            raise BadInput(f"{option} is {value}, it must lie in [{low}, {high}]")
+
+
+def _choose_format(suffixes: set[str]) -> str:
+    """The extension that all pictures of the set will have."""
+    if suffixes <= _LOSSLESS_SUFFIXES:
+        return "png"
+    return "webp" if suffixes == {".webp"} else "jpg"
+
+
+def _digest_listing(samples: Sequence[SourceSample]) -> str:
+    """A digest that changes when a picture is added, removed, renamed, relabelled or of another length.
+
+    Raises:
+        ValueError: the samples do not all have the same members.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    members = None
+    for sample in samples:
+        keys = (sample.meta.keys(), sample.boxes.keys(), sample.masks.keys())
+        if members is not None and keys != members:
+            raise ValueError(f"{sample.name} has other meta, boxes or masks than the samples before it")
+        members = keys
+        masks = {extension: mask.size for extension, mask in sample.masks.items()}
+        facts = [sample.name, sample.image.size, sample.label, dict(sample.meta), dict(sample.boxes), masks]
+        digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
+
+
+def _write_shards(
+    samples: Sequence[SourceSample],
+    plan: Plan,
+    shards: list[Path],
+    kept: set[Path],
+    workers: int,
+    progress: Progress | None,
+) -> list[ShardResult]:
+    """Write those shards that are not yet there; the results of all, in order."""
+    keys = subkeys(sample_keys(plan.seed, np.arange(len(samples))), "pack")
+    order = np.argsort(keys, kind="stable")
+
+    def make_job(shard: int) -> ShardJob:
+        first = shard * plan.shard_samples
+        chosen = [samples[int(number)] for number in order[first : first + plan.shard_samples]]
+        return ShardJob(shards[shard], first, chosen, plan.image, plan.max_side, plan.quality)
+
+    results = {shard: ShardResult.read(file) for shard, file in enumerate(shards) if file in kept}
+    done = sum(len(result.rows) + len(result.unreadable) for result in results.values())
+    if progress:
+        progress(done, len(samples))
+    jobs = (make_job(shard) for shard in range(len(shards)) if shard not in results)
+    for job, result in _map_jobs(jobs, min(workers, len(shards) - len(results))):
+        results[job.first_key // plan.shard_samples] = result
+        done += len(job.samples)
+        if progress:
+            progress(done, len(samples))
+    return [results[shard] for shard in range(len(shards))]
+
+
+def _map_jobs(jobs: Iterator[ShardJob], workers: int) -> Iterator[tuple[ShardJob, ShardResult]]:
+    """Do the jobs in processes, as they come, with few of them in memory at a time."""
+    if workers <= 1:
+        yield from ((job, write_shard(job)) for job in jobs)
+        return
+    # Spawned, not forked: a fork copies the locks of whatever threads the caller has.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    running: dict[Future[ShardResult], ShardJob] = {}
+    try:
+        while True:
+            for job in itertools.islice(jobs, 2 * workers - len(running)):
+                running[pool.submit(write_shard, job)] = job
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise BadInput(
+            f"a packing process was killed, by want of memory perhaps: run the same command again with --workers below "
+            f"{workers}, it goes on"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """End with the parent, even if that is killed; and leave Ctrl-C to it, so that begun shards are finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for_end([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _report_unreadable(file: Path, unreadable: list[tuple[str, str]]) -> None:
+    if unreadable:
+        write_atomically(file, "".join(f"{name}\t{reason}\n" for name, reason in sorted(unreadable)).encode())
+    else:
+        file.unlink(missing_ok=True)
+
+
+def _refusal(out: Path, split: str, unreadable: list[tuple[str, str]], samples: int) -> str:
+    name, reason = min(unreadable)
+    return (
+        f"{len(unreadable):,} of {samples:,} pictures cannot be read, so nothing was packed; {name}: {reason}; "
+        f"{out / split}.unreadable.txt lists them all"
+    )
