@@ -5,7 +5,7 @@ where `found_inf` is 1, the attribute that a GradScaler sets, so the host need n
 without it read the flag on the host, which waits for the device once a step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from foreseen.config import Optim
 from foreseen.engine.objective import ParameterRule
 from foreseen.engine.schedule import scaled_lr, warmup_cosine
 from foreseen.errors import BadInput
-
 
 _GROUP = "group"
 
@@ -89,24 +88,27 @@ class SteppedOptimizer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What the optimizer remembers: tensors and plain numbers, under `<what>/<parameter's name>`."""
         tensors: dict[str, Tensor] = {}
-        # Some optimizers count their steps in the group rather than per parameter.
-        numbers: dict[str, float] = {
-            f"{_GROUP}/{number}/{what}": group[what]
-            for number, group in enumerate(self.optimizer.param_groups)
-            for what in group.keys() - self._settings
-        }
+        numbers: dict[str, float] = {}
+        for key, value in self._remembered():
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            elif isinstance(value, int | float):
+                numbers[key] = value
+            else:
+                raise BadInput(
+                    f"optim.name {self._optim.name!r} keeps {key!r} of type {type(value).__name__}, which a "
+                    "checkpoint cannot hold; choose another optimizer"
+                )
+        return tensors, numbers
+
+    def _remembered(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self.parameters.items():
             for what, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{what}/{name}"] = value
-                elif isinstance(value, int | float):
-                    numbers[f"{what}/{name}"] = value
-                else:
-                    raise BadInput(
-                        f"optim.name {self._optim.name!r} keeps {what!r} of type {type(value).__name__}, which a "
-                        "checkpoint cannot hold; choose another optimizer"
-                    )
-        return tensors, numbers
+                yield f"{what}/{name}", value
+        # Some optimizers count their steps in the group rather than per parameter.
+        for number, group in enumerate(self.optimizer.param_groups):
+            for what in sorted(group.keys() - self._settings):
+                yield f"{_GROUP}/{number}/{what}", group[what]
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
         """Take back what `state` gave."""
@@ -114,11 +116,12 @@ class SteppedOptimizer:
             what, _, name = key.partition("/")
             if what == _GROUP:
                 number, _, entry = name.partition("/")
-                self.optimizer.param_groups[int(number)][entry] = value
+                group = self.optimizer.param_groups[int(number)]
+                group[entry] = value.clone() if isinstance(value, Tensor) else value
                 continue
             parameter = self.parameters[name]
             if isinstance(value, Tensor):
-                # Scalars such as AdamW's step count live where the optimizer put them when it was fused or not.
+                # Step counts live on the device where the optimizer is fused, else on the CPU.
                 device = parameter.device if value.ndim or self.skips_on_device else torch.device("cpu")
                 value = value.to(device, copy=True)
             self.optimizer.state[parameter][what] = value
