@@ -1,9 +1,17 @@
 """What a user may rely on in procedural pets: the same bytes for the same seed, true annotations, no shortcut."""
 
+import io
+import json
+import tarfile
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from foreseen.data.procedural import BACKGROUND, BORDER, BREEDS, PET, draw_pet
+from foreseen.data.procedural import BACKGROUND, BORDER, BREEDS, PET, draw_pet, write_procedural_pets
+from foreseen.data.shards import ShardSet
+from foreseen.errors import BadInput
 
 
 def test_the_same_seed_and_number_draw_the_same_bytes() -> None:
@@ -60,9 +68,58 @@ def test_pixels_of_few_labelled_pictures_do_not_tell_the_breed() -> None:
     assert (labels[nearest] == labels[120:]).mean() < 3 / 12
 
 
+def read_members(shard: Path) -> dict[str, bytes]:
+    with tarfile.open(shard) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
+def test_the_written_set_opens_with_labels_masks_and_boxes(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "pets"
+    write_procedural_pets(out, train=24, test=12, size=32, seed=4, workers=1)
+    train, test = ShardSet.open(out, "train"), ShardSet.open(out, "test")
+    assert train.classes == test.classes == BREEDS
+    assert (len(train), len(test)) == (24, 12)
+    assert train.labels is not None
+    assert np.bincount(train.labels).tolist() == [2] * 12
+    members = read_members(out / "train-000000.tar")
+    for sample in range(24):
+        facts = json.loads(members[f"{sample:09d}.json"])
+        pet = draw_pet(4, int(Path(facts["path"]).stem), size=32)
+        assert facts["label"] == train.labels[sample] == pet.label
+        assert facts["head_box"] == list(pet.head_box)
+        np.testing.assert_array_equal(Image.open(io.BytesIO(members[f"{sample:09d}.trimap.png"])), pet.mask)
+        pixels = np.asarray(Image.open(io.BytesIO(train.read(sample)))).astype(int)
+        assert np.abs(pixels - pet.image).mean() < 4
+    assert sorted(path.name for path in out.parent.iterdir()) == ["pets"], "something is left beside the set"
+
+
+def test_the_set_depends_on_seed_and_sizes_and_not_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foreseen.data.procedural.PETS_PER_FILE", 8)
+    write_procedural_pets(tmp_path / "one", train=12, test=12, size=32, seed=0, workers=1)
+    write_procedural_pets(tmp_path / "two", train=24, test=12, size=32, seed=0, workers=2)
+    write_procedural_pets(tmp_path / "three", train=12, test=12, size=32, seed=1, workers=1)
+    one, two, three = (read_members(tmp_path / name / "test-000000.tar") for name in ("one", "two", "three"))
+    assert one == two
+    assert set(one.values()).isdisjoint(three.values())
+
+
+def test_no_picture_is_in_train_and_test(tmp_path: Path) -> None:
+    write_procedural_pets(tmp_path / "pets", train=24, test=24, size=32, seed=0, workers=1)
+    train, test = (ShardSet.open(tmp_path / "pets", split) for split in ("train", "test"))
+    assert {train.read(sample) for sample in range(24)}.isdisjoint(test.read(sample) for sample in range(24))
+
+
+def test_a_set_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    for out, train, size, words in (("taken", 12, 32, "exists"), ("new", 0, 32, "train=0"), ("new", 12, 8, "size=8")):
+        with pytest.raises(BadInput, match=words):
+            write_procedural_pets(tmp_path / out, train=train, test=12, size=size, seed=0, workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
 @pytest.mark.parametrize(
     ("number", "size", "words"), [(0, 16, "not size=16"), (0, 5000, "not size=5000"), (-1, 48, "number=-1")]
 )
 def test_impossible_requests_are_refused_in_a_sentence(number: int, size: int, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(BadInput, match=words):
         draw_pet(0, number, size=size)
