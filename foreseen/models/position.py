@@ -1,0 +1,40 @@
+"""Position tables at another resolution."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize_pos_embed(
+    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix_tokens: int
+) -> Tensor:  # fmt: skip
+    """Interpolate a table of absolute positions to another grid of patches, by MAE's rule.
+
+    Bicubic without antialiasing, in float32. timm's own rule is antialiased, whose kernel differs even where the
+    grid grows.
+
+    Args:
+        table: [1, num_prefix_tokens + h * w, D], rows of the grid one after another.
+        old_grid: its (h, w).
+        new_grid: the (h, w) wanted.
+        num_prefix_tokens: rows of class and register tokens in front, kept as they are.
+
+    Returns:
+        [1, num_prefix_tokens + h * w, D] for the new grid, in the table's dtype.
+
+    Raises:
+        ValueError: the table's rows are not those of the old grid.
+
+    Source: facebookresearch/mae, util/pos_embed.py, interpolate_pos_embed.
+    """
+    rows = num_prefix_tokens + old_grid[0] * old_grid[1]
+    if table.shape[1] != rows:
+        raise ValueError(f"a table for {num_prefix_tokens} + {old_grid[0]} × {old_grid[1]} has {table.shape[1]} rows")
+    if old_grid == new_grid:
+        return table
+    prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
+    image = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    exact = image.to(torch.promote_types(image.dtype, torch.float32))
+    resized = F.interpolate(exact, size=new_grid, mode="bicubic", align_corners=False, antialias=False)
+    patches = resized.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+    return torch.cat((prefix, patches), dim=1)

@@ -1,0 +1,33 @@
+"""Numbers of the authors' own code: `tests/golden/FIXTURE.{json,safetensors}`, one case at a time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "golden"
+
+
+def load_case(fixture: str, case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One case of a fixture.
+
+    Returns:
+        Its description, with "values" as plain numbers and lists; and its tensors by `KIND/NAME`, where the kinds are
+        "weights" (of the case that `weights_from` names, if it does), "in", "out" and "out64".
+    """
+    described = json.loads((FOLDER / f"{fixture}.json").read_text())["cases"][case]
+    described["values"] = {name: entry["value"] for name, entry in described["values"].items()}
+    owners = {f"{described.get('weights_from', case)}/weights/", f"{case}/"}
+    tensors: dict[str, Tensor] = {}
+    with safe_open(FOLDER / f"{fixture}.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            if any(name.startswith(owner) for owner in owners):
+                tensors[name.split("/", 1)[1]] = file.get_tensor(name)
+    return described, tensors
+
+
+def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a case, in the authors' names."""
+    return {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
