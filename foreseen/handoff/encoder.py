@@ -1,0 +1,297 @@
+"""The encoder folder: what every stage hands on, and what the next one begins from.
+
+`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it without this package. It holds
+
+config.json         architecture, its arguments and the preprocessing, in timm's words
+model.safetensors   the weights, by timm's names, in float32
+lineage.json        where the weights are from: parents, data, seed, step, versions
+README.md           a short model card
+
+A folder is written beside its place, loaded back and compared, and only then put there.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models import is_model, split_model_name_tag
+from torch import Tensor, nn
+
+from foreseen import config
+from foreseen.data.views import IMAGENET_MEAN, IMAGENET_STD, View
+from foreseen.errors import BadInput
+from foreseen.models.backbone import Pool, architecture_of, create_backbone
+from foreseen.models.initialise import Initialised, initialise
+
+_PUBLIC = "timm:"
+_SET_ELSEWHERE = ("img_size", "global_pool", "fc_norm", "num_classes")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an encoder wants done to an image.
+
+    Attributes:
+        mean, std: per channel, for pixels in [0, 1].
+        interpolation: "bicubic" or "bilinear".
+        crop_fraction: share of the resized image's side that the centre crop keeps.
+        size: (H, W) in pixels.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_fraction: float
+    size: tuple[int, int]
+
+    @classmethod
+    def of_view(cls, view: View) -> "Preprocessing":
+        """That of an evaluation view."""
+        return cls(view.mean, view.std, view.interpolation, view.centre_fraction, view.size)
+
+
+@dataclass(frozen=True)
+class EncoderFolder:
+    """An encoder as read, not yet a model.
+
+    Attributes:
+        source: the folder, or `timm:NAME`.
+        architecture: timm's name.
+        model_args: keyword arguments that build it.
+        num_classes: of its head; 0 for none.
+        state: its weights.
+        preprocessing: what it wants done to images.
+        lineage: where it is from; empty for folders that others made.
+    """
+
+    source: str
+    architecture: str
+    model_args: dict[str, Any]
+    num_classes: int
+    state: dict[str, Tensor]
+    preprocessing: Preprocessing
+    lineage: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A backbone ready to be trained.
+
+    Attributes:
+        model: the timm model.
+        preprocessing: that of the encoder it begins from, at the size asked for; ImageNet's if it begins from nothing.
+        initialised: what of `init_from` was not used; None without `init_from`.
+    """
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    initialised: Initialised | None
+
+
+def create_encoder(
+    model: config.Model, *, img_size: tuple[int, int], num_classes: int = 0, pool: Pool | None = None
+) -> Encoder:  # fmt: skip
+    """Build the backbone that a config's `model` section asks for, with the weights of its `init_from`.
+
+    Args:
+        model: the section.
+        img_size: (H, W) in pixels.
+        num_classes: outputs of the head; 0 for none.
+        pool: see `create_backbone`.
+
+    Raises:
+        BadInput: it cannot be built, or the weights do not fit.
+    """
+    begin = None if model.init_from is None else load_encoder(model.init_from)
+    if begin is not None and model.name is None:
+        own = {key: value for key, value in begin.model_args.items() if key not in _SET_ELSEWHERE}
+        model = model.model_copy(update={"name": begin.architecture, "args": {**own, **model.args}})
+    assert model.name is not None, "the config lets no model without both name and init_from pass"
+    backbone = create_backbone(
+        model.name,
+        img_size=img_size,
+        num_classes=num_classes,
+        pool=pool,
+        drop_path_rate=model.drop_path_rate,
+        args=model.args,
+    )
+    if begin is None:
+        return Encoder(backbone, Preprocessing(IMAGENET_MEAN, IMAGENET_STD, "bicubic", 0.875, img_size), None)
+    done = initialise(backbone, begin.state, img_size=begin.preprocessing.size, source=begin.source)
+    kept = begin.preprocessing
+    return Encoder(backbone, Preprocessing(kept.mean, kept.std, kept.interpolation, kept.crop_fraction, img_size), done)
+
+
+def load_encoder(init_from: str | Path) -> EncoderFolder:
+    """Read an encoder folder, or public weights by explicit wish.
+
+    Args:
+        init_from: the folder, or `timm:NAME`, which may download.
+
+    Raises:
+        BadInput: it is no encoder folder, or there are no such weights.
+    """
+    if str(init_from).startswith(_PUBLIC):
+        return _load_public(str(init_from).removeprefix(_PUBLIC))
+    folder = Path(init_from)
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        inner = f"; did you mean {folder / 'encoder'}?" if (folder / "encoder" / "config.json").is_file() else ""
+        raise BadInput(f"{folder} is no encoder folder: config.json or model.safetensors is missing{inner}")
+    try:
+        described = json.loads((folder / "config.json").read_text())
+        lineage = folder / "lineage.json"
+        return EncoderFolder(
+            source=str(folder),
+            architecture=described["architecture"],
+            model_args=described.get("model_args", {}),
+            num_classes=described["num_classes"],
+            state=load_file(folder / "model.safetensors"),
+            preprocessing=_preprocessing(described["pretrained_cfg"]),
+            lineage=json.loads(lineage.read_text()) if lineage.is_file() else {},
+        )
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise BadInput(f"the encoder folder {folder} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _load_public(name: str) -> EncoderFolder:
+    if ":" in name or "/" in name or not is_model(name):
+        raise BadInput(f"model.init_from timm:{name} names no model of timm")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model: Any = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BadInput(f"the weights of model.init_from timm:{name} cannot be had: {error}") from error
+    return EncoderFolder(
+        source=f"{_PUBLIC}{name}",
+        architecture=split_model_name_tag(name)[0],
+        model_args={},
+        num_classes=model.num_classes,
+        state=model.state_dict(),
+        preprocessing=_preprocessing(model.pretrained_cfg),
+        lineage={"parents": [f"{_PUBLIC}{name}"], "licences": [model.pretrained_cfg.get("license")]},
+    )
+
+
+def _preprocessing(cfg: Mapping[str, Any]) -> Preprocessing:
+    _, height, width = cfg["input_size"]
+    return Preprocessing(tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], cfg["crop_pct"], (height, width))
+
+
+def save_encoder(
+    model: nn.Module, folder: Path, *, preprocessing: Preprocessing, lineage: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Write an encoder folder, in the place of an older one.
+
+    Args:
+        model: a backbone of `create_backbone`, on any device; left as it is.
+        folder: where to.
+        preprocessing: what the encoder wants done to images.
+        lineage: where the weights are from; plain values.
+
+    Raises:
+        BadInput: `folder` holds something else.
+        RuntimeError: timm makes another model of what was written; the older folder is still there.
+    """
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise BadInput(f"{folder} is there and is no encoder folder; remove it or choose another run.dir")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (folder.parent / f".{folder.name}.{word}" for word in ("new", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed between the two renames below
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        _write(model, new, folder.name, preprocessing, lineage)
+        _verify(model, new, preprocessing.size)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(
+    model: nn.Module, folder: Path, name: str, preprocessing: Preprocessing, lineage: Mapping[str, Any]
+) -> None:  # fmt: skip
+    folder.mkdir()
+    state = {
+        key: (value.float() if value.is_floating_point() else value).detach().cpu().clone().contiguous()
+        for key, value in model.state_dict().items()
+    }
+    described = _config(model, preprocessing)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
+    (folder / "README.md").write_text(_card(name, described, lineage))
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _config(model: nn.Module, preprocessing: Preprocessing) -> dict[str, Any]:
+    described: Any = model
+    architecture, model_args = architecture_of(model)
+    return {
+        "architecture": architecture,
+        "num_classes": described.num_classes,
+        "num_features": described.num_features,
+        "global_pool": model_args.get("global_pool", described.pretrained_cfg.get("global_pool")),
+        "model_args": model_args,
+        "pretrained_cfg": {
+            "input_size": [3, *preprocessing.size],
+            "fixed_input_size": bool(described.pretrained_cfg.get("fixed_input_size", False)),
+            "mean": preprocessing.mean,
+            "std": preprocessing.std,
+            "interpolation": preprocessing.interpolation,
+            "crop_pct": preprocessing.crop_fraction,
+            "num_classes": described.num_classes,
+            "first_conv": described.pretrained_cfg.get("first_conv"),
+            "classifier": described.pretrained_cfg.get("classifier"),
+        },
+    }
+
+
+def _card(name: str, described: Mapping[str, Any], lineage: Mapping[str, Any]) -> str:
+    height, width = described["pretrained_cfg"]["input_size"][1:]
+    return f"""---
+library_name: timm
+tags: [image-feature-extraction, timm, foreseen]
+---
+# {described["architecture"]}, {height}×{width} px
+
+Trained with foreseen. With timm alone:
+
+```python
+import timm
+
+model = timm.create_model("local-dir:{name}", pretrained=True)  # num_classes=N gives it a new head
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+Where the weights are from (`lineage.json`):
+
+```json
+{json.dumps(lineage, indent=2)}
+```
+"""
+
+
+def _verify(model: nn.Module, folder: Path, size: tuple[int, int]) -> None:
+    # Sines rather than random numbers: saving must not move the generator of the run.
+    images = torch.arange(2 * 3 * size[0] * size[1], dtype=torch.float32).mul(0.7).sin().view(2, 3, *size)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        original = copy.deepcopy(model).to("cpu", torch.float32).eval()
+        if not torch.equal(loaded(images), original(images)):
+            raise RuntimeError(f"timm makes another model of the encoder written to {folder}; it is thrown away")

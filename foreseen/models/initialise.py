@@ -1,0 +1,95 @@
+"""Weights of one model as the beginning of another: the backbone must fit, what pools and classifies may differ."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from foreseen.errors import BadInput
+from foreseen.models.backbone import patch_grid
+from foreseen.models.position import resize_pos_embed
+
+# Between backbone and classes; which of them a model has depends on how it pools.
+_POOLING = ("norm.", "fc_norm.", "attn_pool.")
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """What `initialise` did not carry over.
+
+    Attributes:
+        fresh: weights of the model that keep their random values.
+        unused: weights of the source that have no place in the model.
+    """
+
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def initialise(
+    model: nn.Module, state: Mapping[str, Tensor], *, img_size: tuple[int, int], source: str
+) -> Initialised:  # fmt: skip
+    """Copy the weights of another model of the same backbone.
+
+    A position table is resized to the model's grid by MAE's rule. Where the pooling differs, `norm` is dropped and
+    `fc_norm` begins anew, as MAE fine-tunes; a head is carried over only if it has as many classes.
+
+    Args:
+        model: a timm model, changed in place.
+        state: the other model's weights, by timm's names.
+        img_size: (H, W) in pixels that they were trained at.
+        source: where they are from, for messages.
+
+    Raises:
+        BadInput: a weight of either backbone has no equal in the other; the model is left as it was.
+
+    Source: facebookresearch/mae, main_finetune.py and util/pos_embed.py.
+    """
+    wanted = model.state_dict()
+    given = dict(state)
+    if "pos_embed" in given and "pos_embed" in wanted:
+        given["pos_embed"] = _positions(model, given, img_size)
+    fitting = {name for name, value in wanted.items() if name in given and given[name].shape == value.shape}
+    result = Initialised(
+        fresh=tuple(name for name in wanted if name not in fitting),
+        unused=tuple(name for name in given if name not in fitting),
+    )
+    may_differ = (*_POOLING, *head_names(model))
+    misfits = [name for name in (*result.fresh, *result.unused) if not name.startswith(may_differ)]
+    if misfits:
+        raise BadInput(_misfit(misfits, wanted, given, source))
+    model.load_state_dict({name: given[name] for name in fitting}, strict=False)
+    return result
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of a timm model's classifiers, such as `head`, each with a dot behind it."""
+    described: Any = model
+    names = described.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def _positions(model: nn.Module, given: Mapping[str, Tensor], img_size: tuple[int, int]) -> Tensor:
+    table = given["pos_embed"]
+    projection = given.get("patch_embed.proj.weight")
+    described: Any = model
+    if projection is None or table.ndim != 3:
+        return table
+    prefix = 0 if getattr(described, "no_embed_class", False) else int(described.num_prefix_tokens)
+    old_grid = (img_size[0] // projection.shape[-2], img_size[1] // projection.shape[-1])
+    if table.shape[1] != prefix + old_grid[0] * old_grid[1]:
+        return table  # prefix tokens differ; the shapes will tell
+    return resize_pos_embed(table, old_grid, patch_grid(model), prefix)
+
+
+def _misfit(names: list[str], wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> str:
+    name = names[0]
+    if name not in given:
+        what = f"{source} has no {name}, which the model needs"
+    elif name not in wanted:
+        what = f"{source} has {name}, for which the model has no place"
+    else:
+        what = f"{name} is {list(given[name].shape)} in {source} and {list(wanted[name].shape)} in the model"
+    more = f" (and {len(set(names)) - 1} more)" if len(set(names)) > 1 else ""
+    return f"{what}{more}; leave model.name and model.args out to take the encoder's own, or change model.init_from"

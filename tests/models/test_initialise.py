@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from foreseen.errors import BadInput
+from foreseen.models.backbone import create_backbone
+from foreseen.models.initialise import initialise
+from foreseen.models.position import resize_pos_embed
+
+TINY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+
+
+def vit(*, img_size=(32, 32), args=None, **options):
+    return create_backbone("vit_tiny_patch16_224", img_size=img_size, args={**TINY, **(args or {})}, **options)
+
+
+def test_a_pretrained_encoder_begins_a_classifier_as_mae_does():
+    encoder, classifier = vit(), vit(num_classes=5, pool="mean")
+    done = initialise(classifier, encoder.state_dict(), img_size=(32, 32), source="enc")
+    assert done.fresh == ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
+    assert done.unused == ("norm.weight", "norm.bias")
+    for name, value in encoder.state_dict().items():
+        if not name.startswith("norm."):
+            assert torch.equal(classifier.state_dict()[name], value)
+
+
+def test_positions_are_resized_and_the_rest_carried_over():
+    encoder, larger = vit(args={"reg_tokens": 2}), vit(img_size=(64, 40), args={"reg_tokens": 2})
+    done = initialise(larger, encoder.state_dict(), img_size=(32, 32), source="enc")
+    assert done.fresh == done.unused == ()
+    expected = resize_pos_embed(encoder.pos_embed, (4, 4), (8, 5), 3)
+    assert torch.equal(larger.pos_embed, expected)
+    assert torch.equal(larger.norm.weight, encoder.norm.weight)
+
+
+def test_a_turned_rectangle_of_as_many_patches_is_resized_too():
+    tall, wide = vit(img_size=(64, 16)), vit(img_size=(16, 64))
+    initialise(wide, tall.state_dict(), img_size=(64, 16), source="enc")
+    assert torch.equal(wide.pos_embed, resize_pos_embed(tall.pos_embed, (8, 2), (2, 8), 1))
+
+
+@pytest.mark.parametrize(("classes", "carried"), [(5, True), (7, False)])
+def test_a_head_is_carried_over_only_for_as_many_classes(classes, carried):
+    tuned, model = vit(num_classes=5, pool="mean"), vit(num_classes=classes, pool="mean")
+    done = initialise(model, tuned.state_dict(), img_size=(32, 32), source="enc")
+    assert ("head.weight" not in done.fresh) is carried
+    assert not carried or torch.equal(model.head.weight, tuned.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"embed_dim": 48}, r"cls_token is \[1, 1, 24\] in enc and \[1, 1, 48\] in the model"),
+        ({"depth": 3}, "enc has no blocks.2.norm1.weight, which the model needs .and 11 more"),
+        ({"depth": 1}, "enc has blocks.1.norm1.weight, for which the model has no place .and 11 more"),
+        ({"class_token": False, "global_pool": "avg"}, "cls_token|pos_embed"),
+        ({"patch_size": 16}, "patch_embed.proj.weight is"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_named_and_left_alone(args, sentence):
+    pool = args.pop("global_pool", None) and "mean"
+    model, encoder = vit(args=args, pool=pool), vit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(BadInput, match=sentence):
+        initialise(model, encoder.state_dict(), img_size=(32, 32), source="enc")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
