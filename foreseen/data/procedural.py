@@ -40,14 +40,14 @@ MIN_SIZE, MAX_SIZE = 32, 1024
 
 RANGES: dict[str, tuple[float, float]] = {
     # Pose: the head's centre and unit (about half a head) in parts of the picture, its turn in radians, its skew.
-    "x": (0.45, 0.55),
-    "y": (0.55, 0.64),
-    "unit": (0.29, 0.34),
-    "turn": (-0.2, 0.2),
+    "x": (0.47, 0.53),
+    "y": (0.58, 0.63),
+    "unit": (0.31, 0.34),
+    "turn": (-0.12, 0.12),
     "aspect": (0.93, 1.07),
-    "shear": (-0.1, 0.1),
-    "yaw": (-0.16, 0.16),
-    "pitch": (-0.1, 0.1),
+    "shear": (-0.06, 0.06),
+    "yaw": (-0.12, 0.12),
+    "pitch": (-0.06, 0.06),
     # Each ear by itself: radians, and a factor on its length.
     "left_ear_turn": (-0.16, 0.16),
     "right_ear_turn": (-0.16, 0.16),
@@ -74,10 +74,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "nose": (0.1, 0.15),
     # Colours. The pattern is always the darker one: with either polarity a small ViT learns nothing from few labels.
     "coat_hue": (0, 1),
-    "coat_saturation": (0, 0.35),
-    "coat_value": (0.6, 0.98),
+    "coat_saturation": (0, 0.3),
+    "coat_value": (0.7, 0.98),
     "pattern_hue": (-0.05, 0.05),
-    "pattern_value": (0.15, 0.45),
+    "pattern_value": (0.15, 0.35),
     "ear_value": (0.75, 0.95),
     "outline_value": (0.25, 0.5),
     "muzzle_whiteness": (0.3, 0.6),
@@ -91,10 +91,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "ground_phase": (0, 1),
     "ground_sharpness": (1, 6),
     "ground_one_hue": (0, 1),
-    "ground_one_saturation": (0, 0.3),
+    "ground_one_saturation": (0, 0.2),
     "ground_one_value": (0.1, 0.95),
     "ground_two_hue": (0, 1),
-    "ground_two_saturation": (0, 0.3),
+    "ground_two_saturation": (0, 0.2),
     "ground_two_value": (0.1, 0.95),
     # What stands in front: a bar, a ball or, mostly, nothing; parts of the picture.
     "occluder": (0, 1),
@@ -107,14 +107,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "occluder_saturation": (0, 0.4),
     "occluder_value": (0.1, 0.95),
     # Light and camera: change of light across the picture, gains, contrast, fur's and the sensor's noise.
-    "light_x": (-0.3, 0.3),
-    "light_y": (-0.3, 0.3),
-    "exposure": (0.8, 1.1),
+    "light_x": (-0.6, 0.6),
+    "light_y": (-0.6, 0.6),
+    "exposure": (0.55, 1.1),
     "red": (0.93, 1.07),
     "blue": (0.93, 1.07),
     "gamma": (0.8, 1.3),
-    "fur": (0.03, 0.1),
-    "noise": (0.02, 0.1),
+    "fur": (0.02, 0.06),
+    "noise": (0.01, 0.06),
 }
 """Every trait that varies from picture to picture, with the bounds of its uniform draw."""
 
@@ -122,8 +122,8 @@ FIRST_TEST_NUMBER = 12 * 10**9
 PETS_PER_FILE = 500
 SOURCE = "foreseen procedural pets"
 
-STRIPED_GROUNDS, CHECKED_GROUNDS = 0.15, 0.15
-BARS_IN_FRONT, BALLS_IN_FRONT = 0.1, 0.1
+STRIPED_GROUNDS, CHECKED_GROUNDS = 0.06, 0.06
+BARS_IN_FRONT, BALLS_IN_FRONT = 0.06, 0.08
 OUTLINE = 0.05  # head units
 SKIN = np.array([0.95, 0.6, 0.6], dtype=np.float32).reshape(3, 1, 1)
 BLACK = np.full((3, 1, 1), 0.06, dtype=np.float32)
@@ -146,7 +146,7 @@ EARS = {
     "pointed": Ear(x=0.60, y=-0.62, turn=0.38, length=0.86, half_width=0.44, is_pointed=True),
     "round": Ear(x=0.68, y=-0.68, turn=0.75, length=0.66, half_width=0.40),
     "floppy": Ear(x=0.72, y=-0.72, turn=2.75, length=1.25, half_width=0.27, is_in_front=True),
-    "long": Ear(x=0.40, y=-0.80, turn=0.14, length=1.12, half_width=0.22),
+    "long": Ear(x=0.40, y=-0.80, turn=0.14, length=1.06, half_width=0.22),
 }
 COATS = ("barred", "spotted", "masked")
 FACES = ((0.92, 0.90), (0.76, 1.02), (1.08, 0.80))
