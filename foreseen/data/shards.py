@@ -97,7 +97,7 @@ class ShardSet:
         """
         shard = self._shard_of(sample)
         offset_512, size, crc32 = self._index[sample].item()
-        data = os.pread(self._open_shard(shard).number, size, offset_512 * TAR_BLOCK)
+        data = self._pread(shard, size, offset_512 * TAR_BLOCK)
         if len(data) != size:
             raise CorruptSample(f"{self.describe(sample)} ends after {len(data)} of its {size} bytes")
         if crc32 and zlib.crc32(data) != crc32:
@@ -110,7 +110,7 @@ class ShardSet:
         text = f"{self._shards[shard].name}: sample {sample - self._starts[shard]}"
         header_at = (int(self._index[sample]["offset_512"]) - 1) * TAR_BLOCK
         try:
-            header = os.pread(self._open_shard(shard).number, TAR_BLOCK, header_at)
+            header = self._pread(shard, TAR_BLOCK, header_at)
         except (OSError, BadInput):  # a message is made where something has already gone wrong
             return text
         key = header[:100].split(b"\0")[0].decode(errors="replace").split(".")[0]
@@ -139,6 +139,10 @@ class ShardSet:
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} is not in [0, {len(self)}) of {self.path} {self.split}")
         return bisect_right(self._starts, sample) - 1
+
+    def _pread(self, shard: int, size: int, at: int) -> bytes:
+        file = self._open_shard(shard)  # held until the end, so that no other thread closes it meanwhile
+        return os.pread(file.number, size, at)
 
     def _open_file(self, shard: int) -> "_Descriptor":
         file = self.path / self._shards[shard].name
