@@ -27,6 +27,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop tries as often before it falls back to the centre
 _CROP_NUMBERS = 2 * CROP_ATTEMPTS + 2
+_LONGEST_SIDE = 16  # times the shortest; of a longer ribbon the ends are cut, or resizing it could take gigabytes
 
 Transform = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
@@ -45,7 +46,8 @@ class View:
         interpolation: "bicubic" or "bilinear", always antialiased.
         flip: probability of a horizontal flip.
         count: crops of this kind, n; the batch holds them crop-major as [n * B, C, H, W].
-        window_of: the name of a view whose windows and flips this one shares, at its own size.
+        window_of: the name of a view whose windows and flips this one shares, at its own size; and the random numbers
+            of its transform.
         transform: a library's augmentation [H, W, C] -> [H, W, C], run in the worker after the crop with python's,
             numpy's and torch's generators seeded from the sample's key. Must be picklable.
         mean, std: what `finish` normalises by, per channel, for pixels in [0, 1].
@@ -88,6 +90,20 @@ class Request:
     views: tuple[View, ...]
     draws: tuple[Draw, ...] = ()
     labels: bool = False
+
+    def __post_init__(self) -> None:
+        by_name = {view.name: view for view in self.views}
+        if len(by_name) < len(self.views):
+            raise ValueError(f"two views share a name: {[view.name for view in self.views]}")
+        for view in self.views:
+            if view.window_of is None:
+                continue
+            owner = by_name.get(view.window_of)
+            if owner is None or owner.window_of or "centre" in (owner.crop, view.crop) or view.count > owner.count:
+                raise ValueError(
+                    f"view {view.name!r} cannot share the windows of {view.window_of!r}: both must be random crops of "
+                    "one request, the owner must draw its own windows, and at least as many"
+                )
 
 
 @dataclass(frozen=True)
@@ -159,18 +175,12 @@ class ViewCutter:
         pixels = torch.from_numpy(image).permute(2, 0, 1)
         for view in self._views:
             for crop in range(view.count):
-                target = self.tensors[view.name][crop * len(self._keys) + row]
-                if view.crop == "centre":
-                    target.copy_(_centre(pixels, view))
-                    continue
-                window = self._window(row, crop, pixels, view)
-                box = pixels[:, window.top : window.top + window.height, window.left : window.left + window.width]
-                resized = _resize(box, view.size, view.interpolation)
-                if window.flipped:
-                    resized = resized.flip(-1)
+                window = None if view.crop == "centre" else self._window(row, crop, pixels, view)
+                seen = _centre(pixels, view) if window is None else _cut(pixels, window, view)
                 if view.transform is not None:
-                    resized = self._transformed(resized, view.transform, f"transform/{view.name}/{crop}", row)
-                target.copy_(resized)
+                    stream = f"transform/{view.window_of or view.name}/{crop}"
+                    seen = self._transformed(seen, view.transform, stream, row)
+                self.tensors[view.name][crop * len(self._keys) + row].copy_(seen)
 
     def _window(self, row: int, crop: int, pixels: Tensor, view: View) -> Window:
         owner = next(v for v in self._views if v.name == (view.window_of or view.name))
@@ -190,8 +200,16 @@ def _resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor
     return F.interpolate(pixels[None], size=size, mode=interpolation, antialias=True, align_corners=False)[0]
 
 
+def _cut(pixels: Tensor, window: Window, view: View) -> Tensor:
+    box = pixels[:, window.top : window.top + window.height, window.left : window.left + window.width]
+    resized = _resize(box, view.size, view.interpolation)
+    return resized.flip(-1) if window.flipped else resized
+
+
 def _centre(pixels: Tensor, view: View) -> Tensor:
     # torchvision's Resize and CenterCrop, to the pixel, and the same rule for windows that are not square.
+    longest = _LONGEST_SIDE * min(pixels.shape[1:])
+    pixels = _middle(pixels, min(pixels.shape[1], longest), min(pixels.shape[2], longest))
     sides = pixels.shape[1:]
     covers = [int(size / view.centre_fraction) for size in view.size]
     tight = 0 if covers[0] * sides[1] >= covers[1] * sides[0] else 1
@@ -199,8 +217,12 @@ def _centre(pixels: Tensor, view: View) -> Tensor:
     resized_size[tight] = covers[tight]
     height, width = resized_size
     resized = pixels if (height, width) == tuple(sides) else _resize(pixels, (height, width), view.interpolation)
-    top, left = round((height - view.size[0]) / 2), round((width - view.size[1]) / 2)
-    return resized[:, top : top + view.size[0], left : left + view.size[1]]
+    return _middle(resized, *view.size)
+
+
+def _middle(pixels: Tensor, height: int, width: int) -> Tensor:
+    top, left = round((pixels.shape[1] - height) / 2), round((pixels.shape[2] - width) / 2)
+    return pixels[:, top : top + height, left : left + width]
 
 
 @lru_cache(maxsize=64)

@@ -1,19 +1,40 @@
-"""The contract of `foreseen.engine.objective` holds what methods need: the same run however a batch is cut."""
+"""The contract of `foreseen.engine.objective` holds what methods need, and notices the mistakes they tempt to."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from foreseen.data.batch import Batch
+from foreseen.data.batch import Batch, BatchLayout
+from foreseen.data.loader import BatchBuilder, StreamDataset
+from foreseen.data.views import finish
 from foreseen.engine.objective import Objective, Progress
 from tests.engine.driver import (
-    CLIP, GLOBAL_SIZE, STEPS, History, drive, loss_distance, norm_distance, weight_distance,
+    CLIP,
+    GLOBAL_SIZE,
+    SEED,
+    STEPS,
+    Pictures,
+    drive,
+    loss_distance,
+    norm_distance,
+    weight_distance,
 )  # fmt: skip
-from tests.engine.skeletons import BEiT, CentredIBOT, IBOT, SKELETONS, Supervised, koleo, sinkhorn
+from tests.engine.skeletons import (
+    IBOT,
+    PATCHES,
+    SKELETONS,
+    BEiT,
+    CentredIBOT,
+    Distillation,
+    Supervised,
+    koleo,
+    sinkhorn,
+)  # fmt: skip
 
 whole_run = cache(lambda make: drive(make, GLOBAL_SIZE))
 
@@ -21,10 +42,140 @@ whole_run = cache(lambda make: drive(make, GLOBAL_SIZE))
 @pytest.mark.parametrize("make", SKELETONS.values(), ids=SKELETONS)
 def test_a_run_does_not_depend_on_accumulation(make: type[Objective]) -> None:
     whole = whole_run(make)
-    assert whole.norms.min() > CLIP  # clipping was at work
-    assert whole.losses.unique().numel() == STEPS
+    assert whole.norms.min() > CLIP  # clipping is at work in every step
+    assert len(whole.losses.unique()) == STEPS
     for micro_size in (8, 4):
         run = drive(make, micro_size)
         assert loss_distance(whole, run) < 1e-12
         assert norm_distance(whole, run) < 1e-12
         assert weight_distance(whole, run) < 1e-10
+
+
+class MeanOverOwnMasked(BEiT):
+    def mean_over_masked(self, losses: Tensor, masked: Tensor, count: Tensor, progress: Progress) -> Tensor:
+        return (losses * masked).sum() / masked.sum()
+
+
+class KoLeoOverMicroBatch(IBOT):
+    def koleo(self, features: Tensor) -> Tensor:
+        return koleo(features, len(features))
+
+
+class SinkhornOverMicroBatch(IBOT):
+    def shifts(self, cls: list[Tensor], patches: list[Tensor], masks: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return super().shifts(cls[-1:], patches[-1:], masks[-1:])
+
+
+class CentreOfMicroBatch(CentredIBOT):
+    def mean_logits(self, bottlenecks: list[Tensor]) -> Tensor:
+        return self.teacher_logits(bottlenecks[-1]).flatten(0, -2).mean(0)
+
+
+class DropPathByIndex(Supervised):
+    def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
+        return super().forward(replace(batch, key=torch.arange(len(batch))), prepared, progress)
+
+
+class TeacherInTraining(Distillation):
+    train = nn.Module.train
+
+
+MISTAKES = [
+    MeanOverOwnMasked, KoLeoOverMicroBatch, SinkhornOverMicroBatch, CentreOfMicroBatch, DropPathByIndex,
+    TeacherInTraining,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MISTAKES)
+def test_a_mistake_shows_in_the_losses(make: type[Objective]) -> None:
+    assert loss_distance(drive(make, GLOBAL_SIZE), drive(make, 4)) > 1e-6
+
+
+@pytest.mark.parametrize("make", [IBOT, CentredIBOT])
+def test_a_step_that_is_not_finite_moves_neither_weights_nor_teacher_nor_centres(make: type[Objective]) -> None:
+    before, after = drive(make, 8, steps=2), drive(make, 8, steps=3, spoil_step=2)
+    assert not after.norms[2].isfinite()
+    for name, value in before.state.items():
+        assert torch.equal(value, after.state[name]), name
+
+
+def test_the_teacher_and_its_centres_move_once_a_step() -> None:
+    start, one, two = (drive(CentredIBOT, 8, steps=steps).state for steps in (0, 1, 2))
+    student, teacher = "student.vit.blocks.0.mlp.fc1.weight", "teacher.vit.blocks.0.mlp.fc1.weight"
+    expected = 0.9 * start[teacher] + 0.1 * one[student]
+    torch.testing.assert_close(one[teacher], expected, rtol=1e-12, atol=0)
+    assert not torch.equal(one["centres"], start["centres"])
+    assert not torch.equal(two["centres"], one["centres"])
+
+
+def test_a_frozen_last_layer_waits_for_its_step_and_then_moves() -> None:
+    start, waiting, moved = (drive(IBOT, 16, steps=steps).state for steps in (0, IBOT.frozen_steps, 3))
+    name = "student.head.last_layer"
+    assert torch.equal(start[name], waiting[name])
+    assert not torch.equal(start[name], moved[name])
+
+
+@pytest.mark.parametrize("make", SKELETONS.values(), ids=SKELETONS)
+def test_every_trained_parameter_gets_a_gradient_from_every_micro_batch(make: type[Objective]) -> None:
+    objective = make().train()
+    batch = first_batch(objective, micro_size=4)
+    progress = Progress(0, STEPS, 1.5, SEED, micro_batches=4)
+    with torch.no_grad():
+        prepared = objective.prepare([batch], progress)[0]
+    objective(batch, prepared, progress)["loss"].backward()
+    for name, parameter in objective.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_networks_that_are_not_trained_stay_in_evaluation_mode() -> None:
+    objective = Distillation().train()
+    assert objective.vit.training
+    assert not any(module.training for module in objective.teacher.modules())
+
+
+def test_a_micro_batch_without_masked_patches_adds_nothing() -> None:
+    objective = BEiT().train()
+    batch = first_batch(objective, micro_size=4)
+    none = replace(batch, draws={"mask": torch.zeros(4, PATCHES, dtype=torch.bool)})
+    progress = Progress(0, STEPS, 1.5, SEED, micro_batches=4)
+    loss = objective(none, objective.prepare([batch, none], progress)[1], progress)["loss"]
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad.count_nonzero() == 0 for p in objective.parameters() if p.requires_grad)
+
+
+def test_masks_are_stratified_over_the_global_batch() -> None:
+    counts = []
+    objective = IBOT()
+    for micro in range(4):
+        batch = first_batch(objective, micro_size=4, number=micro)
+        counts.append(objective.stratified_mask(batch, Progress(0, STEPS, 1.5, SEED, micro_batches=4)).sum(1))
+    found = torch.cat(counts).sort().values
+    lowest = (0.1 + 0.4 * torch.arange(GLOBAL_SIZE) / GLOBAL_SIZE) * PATCHES
+    highest = (0.1 + 0.4 * torch.arange(1, GLOBAL_SIZE + 1) / GLOBAL_SIZE) * PATCHES
+    assert (found[:GLOBAL_SIZE] == 0).all()  # half of the 2G crops
+    assert (found[GLOBAL_SIZE:] >= lowest.floor()).all()
+    assert (found[GLOBAL_SIZE:] <= highest).all()
+
+
+def test_streamed_sinkhorn_equals_the_matrix_form() -> None:
+    logits = torch.randn(40, 8, dtype=torch.float64) * 5
+    weights = (torch.rand(40, dtype=torch.float64) < 0.7).double()
+    shift = sinkhorn(_parts(logits), _parts(weights))
+    rows = logits[weights.bool()]
+    q = rows.exp().mT  # DINOv2's own form: K × B, rows to 1 / K, columns to 1 / B
+    q = q / q.sum()
+    for _ in range(3):
+        q = q / q.sum(dim=1, keepdim=True) / len(q)
+        q = q / q.sum(dim=0, keepdim=True) / q.shape[1]
+    torch.testing.assert_close((rows + shift).softmax(-1), (q * q.shape[1]).mT, rtol=1e-12, atol=1e-15)
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    return x.split([3, 30, 7])
+
+
+def first_batch(objective: Objective, micro_size: int, number: int = 0) -> Batch:
+    builder = BatchBuilder(Pictures(), objective.request, SEED)
+    stream = StreamDataset(builder, BatchLayout(GLOBAL_SIZE, micro_size), rank=0)
+    return finish(stream[number], objective.request, torch.device("cpu"), torch.float32)
