@@ -10,6 +10,7 @@ gives smooth edges without supersampling. Planes are [H, W]; pictures are [C, H,
 """
 
 import colorsys
+import errno
 import io
 import math
 import multiprocessing
@@ -72,7 +73,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "lids": (0.1, 1.6),
     "gaze": (-0.4, 0.4),
     "nose": (0.1, 0.15),
-    # Colours. The pattern is always the darker one: with either polarity a small ViT learns nothing from few labels.
+    # Colours. The pattern is always the darker one: with either polarity a small ViT learns little from few labels.
     "coat_hue": (0, 1),
     "coat_saturation": (0, 0.3),
     "coat_value": (0.7, 0.98),
@@ -106,7 +107,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "occluder_hue": (0, 1),
     "occluder_saturation": (0, 0.4),
     "occluder_value": (0.1, 0.95),
-    # Light and camera: change of light across the picture, gains, contrast, fur's and the sensor's noise.
+    # Light and camera: change of light across the picture, gains, contrast, fur's and the sensor's noise. The light is
+    # what keeps raw pixels from telling the breed; a wider pose does too, but costs a small network far more.
     "light_x": (-0.6, 0.6),
     "light_y": (-0.6, 0.6),
     "exposure": (0.55, 1.1),
@@ -118,7 +120,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 """Every trait that varies from picture to picture, with the bounds of its uniform draw."""
 
-FIRST_TEST_NUMBER = 12 * 10**9
+FIRST_TEST_NUMBER = 12 * 10**9  # far enough that no train split reaches it
 PETS_PER_FILE = 500
 SOURCE = "foreseen procedural pets"
 
@@ -215,78 +217,6 @@ def draw_pet(seed: int, number: int, *, size: int = 48) -> ProceduralPet:
     occluder = occluder_distance(traits, size)
     paint(image, occluder, colour(traits, "occluder"))
     return ProceduralPet(photograph(image, traits, key), trimap(np.maximum(pet, -occluder)), bounding_box(pet), label)
-
-
-def write_procedural_pets(
-    out: Path, *, train: int, test: int, size: int, seed: int = 0, workers: int | None = None
-) -> None:
-    """Draw a packed set with the splits `train` and `test`; it appears at once and whole, or not at all.
-
-    Beside each picture (JPEG, quality 95, full colour) stand its label, `trimap.png` and, in the json, `head_box`.
-    The test pictures are the same however many are for training.
-
-    Args:
-        out: the set's folder, which must not exist yet.
-        train, test: pictures in either split; equally many of each breed if they are multiples of a dozen.
-        size: side of the pictures in pixels, 32 to 1024.
-        seed: of the pictures and of their order.
-        workers: processes; None is one a CPU, 1 works in this process. The result does not depend on it. From a
-            script, more than one needs the usual `if __name__ == "__main__":`.
-
-    Raises:
-        BadInput: out exists, or a number lies outside its bounds.
-    """
-    if out.exists():
-        raise BadInput(f"{out} exists already: give a new folder for the procedural pets, or delete it")
-    for split, pictures in (("train", train), ("test", test)):
-        if not 1 <= pictures <= FIRST_TEST_NUMBER:
-            raise BadInput(f"{split}={pictures} procedural pets cannot be drawn: give 1 to {FIRST_TEST_NUMBER:,}")
-    workers = count_cpus() if workers is None else workers
-    draw_pet(seed, 0, size=size)  # refuses a wrong size before a process is started
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
-        for split, first, pictures in (("train", 0, train), ("test", FIRST_TEST_NUMBER, test)):
-            samples = draw_samples(Path(work), range(first, first + pictures), size, seed, workers)
-            pack(samples, Path(work, "set"), split, classes=BREEDS, seed=seed, workers=workers, source=SOURCE)
-        os.replace(Path(work, "set"), out)
-
-
-def draw_samples(work: Path, numbers: range, size: int, seed: int, workers: int) -> list[SourceSample]:
-    """Draw pets into a folder, a few hundred to a file."""
-    parts = [numbers[at : at + PETS_PER_FILE] for at in range(0, len(numbers), PETS_PER_FILE)]
-    jobs = [(work / f"{part[0]:012d}", part, size, seed) for part in parts]
-    if workers == 1 or len(jobs) == 1:
-        return [sample for job in jobs for sample in draw_file(*job)]
-    # Spawned, as in `pack`: a fork copies the locks of whatever threads the caller has.
-    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
-        return [sample for samples in pool.map(draw_file, *zip(*jobs, strict=True)) for sample in samples]
-
-
-def draw_file(file: Path, numbers: range, size: int, seed: int) -> list[SourceSample]:
-    """Draw pets and write their pictures and trimaps into one file."""
-    samples = []
-    with open(file, "wb") as out:
-
-        def write(data: bytes) -> Blob:
-            start = out.tell()
-            out.write(data)
-            return Blob(str(file), len(data), start)
-
-        for number in numbers:
-            pet = draw_pet(seed, number, size=size)
-            image = write(encode(pet.image, "JPEG", quality=95, subsampling=0))
-            mask = write(encode(pet.mask, "PNG"))
-            name = f"{BREEDS[pet.label]}/{number:012d}.jpg"
-            sample = SourceSample(name, image, pet.label, boxes={"head_box": pet.head_box}, masks={"trimap.png": mask})
-            samples.append(sample)
-    return samples
-
-
-def encode(pixels: NDArray[np.uint8], name: str, **options: int) -> bytes:
-    """The bytes of a picture file."""
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, name, **options)
-    return out.getvalue()
 
 
 def place_head(traits: Traits, size: int) -> Canvas:
@@ -474,3 +404,80 @@ def bounding_box(distance: Plane) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of the pixels inside, the last two exclusive."""
     columns, rows = (np.flatnonzero((distance < 0).any(axis=axis)) for axis in (0, 1))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def write_procedural_pets(
+    out: Path, *, train: int, test: int, size: int, seed: int = 0, workers: int | None = None
+) -> None:
+    """Draw a packed set with the splits `train` and `test`; it appears at once and whole, or not at all.
+
+    Beside each picture (JPEG, quality 95, full colour) stand its label, `trimap.png` and, in the json, `head_box`.
+    The test pictures are the same however many are for training.
+
+    Args:
+        out: the set's folder, which must not exist yet.
+        train, test: pictures in either split; equally many of each breed if they are multiples of a dozen.
+        size: side of the pictures in pixels, 32 to 1024.
+        seed: of the pictures and of their order.
+        workers: processes; None is one a CPU, 1 works in this process. The result does not depend on it. From a
+            script, more than one needs the usual `if __name__ == "__main__":`.
+
+    Raises:
+        BadInput: out exists, or a number lies outside its bounds.
+    """
+    if out.exists():
+        raise BadInput(f"{out} exists already: give a new folder for the procedural pets, or delete it")
+    for split, pictures in (("train", train), ("test", test)):
+        if not 1 <= pictures <= FIRST_TEST_NUMBER:
+            raise BadInput(f"{split}={pictures} procedural pets cannot be drawn: give 1 to {FIRST_TEST_NUMBER:,}")
+    workers = count_cpus() if workers is None else workers
+    draw_pet(seed, 0, size=size)  # refuses a wrong size before a process is started
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
+        for split, first, pictures in (("train", 0, train), ("test", FIRST_TEST_NUMBER, test)):
+            samples = draw_samples(Path(work), range(first, first + pictures), size, seed, workers)
+            pack(samples, Path(work, "set"), split, classes=BREEDS, seed=seed, workers=workers, source=SOURCE)
+        try:
+            os.replace(Path(work, "set"), out)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise BadInput(f"{out} was written by another process meanwhile: use that set, or delete it") from None
+
+
+def draw_samples(work: Path, numbers: range, size: int, seed: int, workers: int) -> list[SourceSample]:
+    """Draw pets into a folder, a few hundred to a file."""
+    parts = [numbers[at : at + PETS_PER_FILE] for at in range(0, len(numbers), PETS_PER_FILE)]
+    jobs = [(work / f"{part[0]:012d}", part, size, seed) for part in parts]
+    if workers == 1 or len(jobs) == 1:
+        return [sample for job in jobs for sample in draw_file(*job)]
+    # Spawned, as in `pack`: a fork copies the locks of whatever threads the caller has.
+    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+        return [sample for samples in pool.map(draw_file, *zip(*jobs, strict=True)) for sample in samples]
+
+
+def draw_file(file: Path, numbers: range, size: int, seed: int) -> list[SourceSample]:
+    """Draw pets and write their pictures and trimaps into one file."""
+    samples = []
+    with open(file, "wb") as out:
+
+        def write(data: bytes) -> Blob:
+            start = out.tell()
+            out.write(data)
+            return Blob(str(file), len(data), start)
+
+        for number in numbers:
+            pet = draw_pet(seed, number, size=size)
+            image = write(encode(pet.image, "JPEG", quality=95, subsampling=0))
+            mask = write(encode(pet.mask, "PNG"))
+            name = f"{BREEDS[pet.label]}/{number:012d}.jpg"
+            sample = SourceSample(name, image, pet.label, boxes={"head_box": pet.head_box}, masks={"trimap.png": mask})
+            samples.append(sample)
+    return samples
+
+
+def encode(pixels: NDArray[np.uint8], name: str, **options: int) -> bytes:
+    """The bytes of a picture file."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, name, **options)
+    return out.getvalue()
