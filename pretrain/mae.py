@@ -110,9 +110,9 @@ class MAE(Objective):
 
     def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
         """The mean squared error over hidden patches."""
-        draw_drop_path(self.vit, subkey(batch.key, "drop_path"))
         order = keyed_permutation(batch.key, "mask", self.num_patches)
-        loss, _ = self.reconstruct(batch.images["image"], order)
+        with draw_drop_path(self.vit, subkey(batch.key, "drop_path")):
+            loss, _ = self.reconstruct(batch.images["image"], order)
         return {"loss": loss}
 
     def reconstruct(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,16 +30,17 @@ def run(config: "Config") -> "Outcome":
     Args:
         config: of the verb "pretrain".
     """
-    from foreseen.commands.session import open_shards, session
+    from foreseen.commands.session import open_shards, record_config, session
     from foreseen.data.loader import BatchBuilder
     from foreseen.engine.train import Job, train
-    from foreseen.handoff.encoder import save_encoder
+    from foreseen.handoff.encoder import Preprocessing, save_encoder
     from foreseen.handoff.lineage import describe_lineage
     from foreseen.pretrain.methods import METHODS
 
     with session(config) as (accelerator, say):
         shards = open_shards(config, config.data.split, accelerator)
         config = config.with_length(len(shards))
+        record_config(config, accelerator)
         objective = METHODS[config.method.name].build(config)
         builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=config.data.fast_decode)
         outcome = train(Job(config, objective, builder), accelerator)
@@ -49,6 +50,7 @@ def run(config: "Config") -> "Outcome":
             else:
                 folder = config.run.dir / "encoder"
                 lineage = describe_lineage(config, shards, outcome.step)
-                save_encoder(objective.encoder(), folder, preprocessing=objective.preprocessing(), lineage=lineage)
+                seen = Preprocessing.of_view(objective.request.views[0])
+                save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
                 say(f"encoder: {folder}   timm.create_model('local-dir:{folder}')")
     return outcome

@@ -73,9 +73,9 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
         log.say(f"going on from step {step} of {trainer.total_steps}")
     try:
         with Preemption(accelerator.num_processes) as preemption, _memory_advice(config, trainer.layout):
+            job.objective.train()
             trainer.settle_buckets()
             batches = trainer.batches(step)
-            job.objective.train()
             stopped = False
             while step < trainer.total_steps and not stopped:
                 first = trainer.step(step, batches)
@@ -162,7 +162,7 @@ class _Trainer:
         if self.layout.ranks == 1:
             return
         batch = self._finished(self.stream[0])
-        progress = Progress(0, self.total_steps, 1.0, self.job.config.seed, self.layout.ranks, 1)
+        progress = self.progress(0)
         for _ in range(2):
             with torch.no_grad(), self.accelerator.autocast():
                 prepared = self.job.objective.prepare([batch], progress)[0]
@@ -223,7 +223,7 @@ class _Trainer:
         health = {f"health/{name}": float(value) for name, value in self.job.objective.health().items()}
         unreadable, skipped = self._count_problems(step, log), int(self.skipped)
         values = {
-            "epoch": step * self.layout.global_size / len(self.stream.order),
+            "epoch": step * self.layout.global_size / self.stream.order.num_samples,
             **means,
             "lr": self.optimizer.lr(step - 1),
             **health,
@@ -250,7 +250,7 @@ class _Trainer:
         self.unreadable += int(all_reduce_sum(found))
         seen = step * self.layout.global_size
         limit = self.job.config.data.max_bad_fraction
-        if self.unreadable > max(limit * seen, limit * len(self.stream.order)) and self.unreadable > 1:
+        if self.unreadable > limit * max(seen, self.stream.order.num_samples):
             raise BadInput(
                 f"{self.unreadable} of {seen} samples could not be read, more than data.max_bad_fraction {limit} "
                 f"allows; the last: {self.problems[-1] if self.problems else 'on another rank'}"

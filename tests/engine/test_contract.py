@@ -1,8 +1,12 @@
 """The contract of `foreseen.engine.objective` holds what methods need, and notices the mistakes they tempt to."""
 
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.loader import BatchBuilder, StreamDataset
 from foreseen.data.views import finish
 from foreseen.engine.objective import Objective, Progress
+from tests.engine import two_ranks
 from tests.engine.driver import (
     CLIP,
     GLOBAL_SIZE,
@@ -36,7 +41,18 @@ from tests.engine.skeletons import (
     sinkhorn,
 )  # fmt: skip
 
+ROOT = Path(__file__).parents[2]
+
 whole_run = cache(lambda make: drive(make, GLOBAL_SIZE))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Work this small is ten times slower on threads that other processes want too.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("make", SKELETONS.values(), ids=SKELETONS)
@@ -88,7 +104,38 @@ MISTAKES = [
 
 @pytest.mark.parametrize("make", MISTAKES)
 def test_a_mistake_shows_in_the_losses(make: type[Objective]) -> None:
-    assert loss_distance(drive(make, GLOBAL_SIZE), drive(make, 4)) > 1e-6
+    assert loss_distance(drive(make, GLOBAL_SIZE, steps=2), drive(make, 4, steps=2)) > 1e-6
+
+
+@pytest.fixture(scope="module")
+def two_rank_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of the real loop under two gloo processes, as <skeleton>-<micro size>; the processes assert that they are two."""
+    out = tmp_path_factory.mktemp("two-ranks")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, *launch, "-m", "tests.engine.two_ranks", str(out)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SKELETONS)
+def test_the_loop_on_two_ranks_gives_the_run_of_one_process(name: str, two_rank_runs: Path) -> None:
+    whole = whole_run(SKELETONS[name])
+    for micro_size in two_ranks.MICRO_SIZES:
+        folder = two_rank_runs / f"{name}-{micro_size}"
+        run, other_rank = two_ranks.history(folder), two_ranks.history(folder, rank=1)
+        assert loss_distance(whole, run) < 1e-12
+        assert norm_distance(whole, run) < 1e-12
+        assert weight_distance(whole, run) < 1e-10
+        assert all(torch.equal(value, other_rank.state[key]) for key, value in run.state.items())
+
+
+@pytest.mark.slow
+def test_a_centre_that_one_rank_makes_alone_shows_in_the_losses(two_rank_runs: Path) -> None:
+    run = two_ranks.history(two_rank_runs / "CentreOfOneRank-8")
+    assert loss_distance(whole_run(CentredIBOT), run) > 1e-6
 
 
 @pytest.mark.parametrize("make", [IBOT, CentredIBOT])

@@ -9,7 +9,7 @@ from tests.golden_cases import load_case
 def test_warmup_and_cosine_equal_the_mae_code() -> None:
     case, _ = load_case("mae", "lr_schedule")
     args, per_epoch = case["config"]["args"], case["config"]["steps_per_epoch"]
-    for epoch, expected, *_ in case["values"]["rows"]["value"]:
+    for epoch, expected, *_ in case["values"]["rows"]:
         lr = warmup_cosine(
             round(epoch * per_epoch),
             peak=args["lr"],

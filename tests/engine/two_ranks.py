@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from foreseen.config import BatchSize, Compute, Config, Data, MethodOptions, Model, Run
 from foreseen.data.loader import BatchBuilder
@@ -14,9 +15,16 @@ from foreseen.engine.launch import start
 from foreseen.engine.objective import Objective
 from foreseen.engine.train import Job, train
 from tests.engine.driver import GLOBAL_SIZE, OPTIM, SEED, STEPS, History, Pictures
-from tests.engine.skeletons import SKELETONS
+from tests.engine.skeletons import SKELETONS, CentredIBOT
 
 MICRO_SIZES = (8, 4)
+
+
+class CentreOfOneRank(CentredIBOT):
+    """A mistake that one process cannot show."""
+
+    def mean_logits(self, bottlenecks: list[Tensor]) -> Tensor:
+        return torch.cat([self.teacher_logits(x).flatten(0, -2) for x in bottlenecks]).mean(0)
 
 
 def run(make: type[Objective], folder: Path, micro_size: int, accelerator: Accelerator) -> None:
@@ -37,20 +45,20 @@ def run(make: type[Objective], folder: Path, micro_size: int, accelerator: Accel
     save_file(objective.state_dict(), folder / f"rank-{accelerator.process_index}.safetensors")
 
 
-def history(folder: Path) -> History:
-    """What a run left in its folder."""
+def history(folder: Path, rank: int = 0) -> History:
+    """What a run left in its folder, with the weights of one rank."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses, norms = (
         torch.tensor([line[name] for line in lines], dtype=torch.float64) for name in ("loss", "grad_norm")
     )
-    return History(losses, norms, load_file(folder / "rank-0.safetensors"))
+    return History(losses, norms, load_file(folder / f"rank-{rank}.safetensors"))
 
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     accelerator = start(Compute(precision="fp64"))
     assert accelerator.num_processes == 2
-    for name, make in SKELETONS.items():
+    for name, make in (*SKELETONS.items(), (CentreOfOneRank.__name__, CentreOfOneRank)):
         for micro_size in MICRO_SIZES:
             folder = out / f"{name}-{micro_size}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,127 @@
+"""`foreseen finetune`: from an encoder folder, or from scratch, to a classifier and its score on the test split."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from foreseen.config import Config
+    from foreseen.engine.train import Job, Outcome
+
+
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (see `foreseen recipes`) or the path of a YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Dotted overrides, such as model.init_from=runs/mae/encoder.")
+    ] = None,
+) -> None:
+    """Fine-tune on labels; choices are made on a validation split cut from train, test is read once at the end."""
+    from foreseen.config import load
+    from foreseen.engine.preempt import EXIT_PREEMPTED
+    from foreseen.finetune.methods import METHODS
+
+    options = {name: method.options for name, method in METHODS.items()}
+    outcome = run(load("finetune", recipe, overrides or [], options))
+    if outcome.preempted:
+        raise typer.Exit(EXIT_PREEMPTED)
+
+
+def run(config: "Config") -> "Outcome":
+    """Make a fine-tuning run, to its scores and its encoder folder if it reaches the end.
+
+    Args:
+        config: of the verb "finetune".
+    """
+    from foreseen.commands.session import open_shards, record_config, session
+    from foreseen.data.loader import BatchBuilder, SweepDataset
+    from foreseen.data.subsets import labelled_subsets
+    from foreseen.engine.train import Job, train
+    from foreseen.errors import BadInput
+    from foreseen.finetune.methods import METHODS
+
+    with session(config) as (accelerator, say):
+        shards = open_shards(config, config.data.split, accelerator)
+        if shards.labels is None:
+            raise BadInput(
+                f"split {shards.split!r} of data.path {shards.path} has no labels; pack it with labels "
+                "(foreseen data pack SRC OUT --labels folder)"
+            )
+        data = config.data
+        subsets = labelled_subsets(
+            shards.labels, validation_fraction=data.validation_fraction, shots=data.shots, seed=data.subset_seed
+        )
+        config = config.with_length(len(subsets.train))
+        record_config(config, accelerator)
+        num_classes = len(shards.classes) if shards.classes else int(shards.labels.max()) + 1
+        objective = METHODS[config.method.name].build(config, num_classes)
+        builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=data.fast_decode)
+        judge = BatchBuilder(shards, objective.evaluation_request(), config.seed, fast_decode=data.fast_decode)
+        ranks, rank = accelerator.num_processes, accelerator.process_index
+        size = config.batch.micro_size or max(1, config.batch.global_size // ranks)
+        validation = SweepDataset(judge, size, rank=rank, ranks=ranks, subset=subsets.validation)
+        say(f"{len(subsets.train)} training and {len(subsets.validation)} validation samples, {num_classes} classes")
+        job = Job(config, objective, builder, subset=subsets.train, validation=validation, choose_by="top1")
+        outcome = train(job, accelerator)
+        if outcome.preempted:
+            say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
+        else:
+            _finish(job, outcome, accelerator, size)
+    return outcome
+
+
+def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int) -> None:
+    """Take the checkpoint that validation chose, read the test split with it, and hand it over."""
+    from foreseen.engine.train import load_best
+    from foreseen.handoff.encoder import Preprocessing, save_encoder
+    from foreseen.handoff.lineage import describe_lineage
+
+    config, objective = job.config, job.objective
+    objective.load_state_dict(load_best(job, outcome).model)
+    result = _score(job, outcome, accelerator, size)
+    if not accelerator.is_main_process:
+        return
+    seen = Preprocessing.of_view(objective.evaluation_request().views[0])
+    lineage = describe_lineage(config, job.builder.shards, outcome.best_step or outcome.step) | {"result": result}
+    folder = config.run.dir / "encoder"
+    save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
+    accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}')")
+
+
+def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int) -> dict[str, Any]:
+    import json
+
+    import torch
+
+    from foreseen.commands.session import open_shards
+    from foreseen.data.loader import BatchBuilder, SweepDataset
+    from foreseen.engine.checkpoint import Checkpoints
+    from foreseen.engine.evaluate import evaluate
+    from foreseen.engine.run_folder import write_atomically
+    from foreseen.errors import BadInput
+
+    config = job.config
+    best = Checkpoints(config.run.dir / "checkpoints", config.run.keep_last).best
+    result: dict[str, Any] = {
+        "step": outcome.best_step or outcome.step,
+        "training_samples": len(job.subset),
+        "validation": {"top1": best[1] if best else None},
+    }
+    try:
+        shards = open_shards(config, config.data.test_split, accelerator)
+    except BadInput as error:
+        accelerator.print(f"no test score: {error}")
+    else:
+        judge = BatchBuilder(
+            shards, job.objective.evaluation_request(), config.seed, fast_decode=config.data.fast_decode
+        )
+        ranks, rank = accelerator.num_processes, accelerator.process_index
+        dtype = torch.float64 if config.compute.precision == "fp64" else torch.float32
+        sweep = SweepDataset(judge, size, rank=rank, ranks=ranks)
+        result["test"] = evaluate(job.objective, sweep, accelerator, workers=config.data.workers, dtype=dtype)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["test"].items())
+        accelerator.print(f"test split, read once, with the step that validation chose ({result['step']}): {numbers}")
+    if accelerator.is_main_process:
+        write_atomically(config.run.dir / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
