@@ -109,7 +109,7 @@ def test_a_mistake_shows_in_the_losses(make: type[Objective]) -> None:
 
 @pytest.fixture(scope="module")
 def two_rank_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of the real loop under two gloo processes, as <skeleton>-<micro size>; the processes assert that they are two."""
+    """Runs of the real loop in `<skeleton>-<micro size>`, by two gloo processes, which assert that they are two."""
     out = tmp_path_factory.mktemp("two-ranks")
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     command = [sys.executable, *launch, "-m", "tests.engine.two_ranks", str(out)]
