@@ -108,8 +108,7 @@ def pack(
     plan = Plan(
         split=split,
         samples=len(samples),
-        listing=_digest_listing(samples),
-        classes=classes,
+        listing=_digest_listing(samples, classes),
         image=_choose_format({os.path.splitext(sample.name)[1].lower() for sample in samples}),
         max_side=max_side,
         quality=quality,
@@ -139,7 +138,7 @@ def pack(
         if unreadable and (strict or len(unreadable) == len(samples)):
             shutil.rmtree(work)
             raise BadInput(_refusal(out, split, unreadable, len(samples)))
-        entry = publish(out, work, plan, shards, results)
+        entry = publish(out, work, plan, classes, shards, results)
     return Summary(
         path=out,
         split=split,
@@ -179,13 +178,13 @@ def _choose_format(suffixes: set[str]) -> str:
     return "webp" if suffixes == {".webp"} else "jpg"
 
 
-def _digest_listing(samples: Sequence[SourceSample]) -> str:
+def _digest_listing(samples: Sequence[SourceSample], classes: tuple[str, ...] | None) -> str:
     """A digest that changes when a picture is added, removed, renamed, relabelled or of another length.
 
     Raises:
         ValueError: the samples do not all have the same members.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(json.dumps(classes).encode(), digest_size=16)
     members = None
     for sample in samples:
         keys = (sample.meta.keys(), sample.boxes.keys(), sample.masks.keys())

@@ -39,12 +39,15 @@ _LOCK = ".packing.lock"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is being packed and how: two packings with equal plans give the same bytes."""
+    """What is being packed and how: two packings with equal plans give the same bytes.
+
+    Attributes:
+        listing: digest of the samples' names, sizes and facts, and of the class names.
+    """
 
     split: str
     samples: int
     listing: str
-    classes: tuple[str, ...] | None
     image: str
     max_side: int | None
     quality: int
@@ -52,10 +55,6 @@ class Plan:
     seed: int
     source: str | None
     licence: str | None
-
-    def as_facts(self) -> dict[str, Any]:
-        """What plan.json holds and the manifest keeps: plain values that survive json."""
-        return asdict(self) | {"classes": None if self.classes is None else list(self.classes)}
 
 
 @contextmanager
@@ -111,7 +110,7 @@ def begin(out: Path, plan: Plan, manifest: Manifest) -> Path:
     """
     work = out / f"{WORK_PREFIX}{plan.split}"
     plan_file = work / "plan.json"
-    if plan_file.exists() and (found := json.loads(plan_file.read_text())) != plan.as_facts():
+    if plan_file.exists() and (found := json.loads(plan_file.read_text())) != asdict(plan):
         published = manifest.splits.get(plan.split)
         if published is None or published.plan != found:  # else it was killed after its last act, and left only litter
             raise BadInput(
@@ -122,11 +121,18 @@ def begin(out: Path, plan: Plan, manifest: Manifest) -> Path:
     work.mkdir(exist_ok=True)
     for part in work.glob("*.part"):
         part.unlink()
-    write_atomically(plan_file, json.dumps(plan.as_facts(), indent=1).encode())
+    write_atomically(plan_file, json.dumps(asdict(plan), indent=1).encode())
     return work
 
 
-def publish(out: Path, work: Path, plan: Plan, shards: Sequence[Path], results: Sequence[ShardResult]) -> Split:
+def publish(
+    out: Path,
+    work: Path,
+    plan: Plan,
+    classes: tuple[str, ...] | None,
+    shards: Sequence[Path],
+    results: Sequence[ShardResult],
+) -> Split:
     """Move the finished shards into the set, write index and labels, and replace the manifest last."""
     manifest = read_manifest_or_none_yet(out)
     if plan.split in manifest.splits:  # from here to the end it does not exist, so no manifest ever names a mixture
@@ -158,11 +164,11 @@ def publish(out: Path, work: Path, plan: Plan, shards: Sequence[Path], results: 
         std=std,
         source=plan.source,
         licence=plan.licence,
-        plan=plan.as_facts(),
+        plan=asdict(plan),
     )
     _remove_strays(out, plan.split, entry)
     sync_folder(out)
-    write_manifest(out, Manifest({**manifest.splits, plan.split: entry}, plan.classes or manifest.classes))
+    write_manifest(out, Manifest({**manifest.splits, plan.split: entry}, classes or manifest.classes))
     shutil.rmtree(work)
     return entry
 
@@ -193,7 +199,7 @@ def _save(file: Path, array: NDArray[Any]) -> None:
 
 def _difference(found: dict[str, Any], plan: Plan) -> str:
     """What an unfinished packing has that the new plan has not, in words."""
-    facts = plan.as_facts()
+    facts = asdict(plan)
     if found.get("listing") != facts["listing"]:
         return "other pictures"
     differing = [key for key, value in facts.items() if found.get(key) != value]
