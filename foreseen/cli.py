@@ -18,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing help with rich takes longer than all the rest of it
 )
 app.command()(quickstart.quickstart)
 app.add_typer(data.app, name="data")

@@ -293,5 +293,8 @@ def _verify(model: nn.Module, folder: Path, size: tuple[int, int]) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         original = copy.deepcopy(model).to("cpu", torch.float32).eval()
+        for ours, theirs in zip(original.modules(), loaded.modules(), strict=True):
+            if hasattr(theirs, "fused_attn"):  # the engine may have chosen another kernel, which rounds otherwise
+                ours.fused_attn = theirs.fused_attn
         if not torch.equal(loaded(images), original(images)):
             raise RuntimeError(f"timm makes another model of the encoder written to {folder}; it is thrown away")
