@@ -1,0 +1,61 @@
+"""Layer decay: smaller learning rates towards the input, and what weight decay leaves alone.
+
+Clark et al. 2020, arXiv:2003.10555; Bao et al. 2021, arXiv:2106.08254. For ViTs the layers are those of MAE's code, for
+other backbones timm's groups.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+from torch import nn
+
+from foreseen.engine.objective import ParameterRule
+
+# What comes before the blocks of a timm ViT.
+_STEM = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.", "norm_pre.")
+
+
+def parameter_rules(model: nn.Module, layer_decay: float | None) -> dict[str, ParameterRule]:
+    """A rule for each trained parameter of a timm model, by its name.
+
+    The last layer has scale 1, the one before it `layer_decay`, the stem the smallest. Vectors and what the model
+    itself names (position tables, tokens) have no weight decay.
+
+    Args:
+        model: a timm model.
+        layer_decay: in (0, 1]; None is 1.
+
+    Source: facebookresearch/mae, util/lr_decay.py, param_groups_lrd.
+    """
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    spared = _spared(model)
+    scales = {} if layer_decay is None else _scales(model, layer_decay)
+    return {
+        name: ParameterRule(decay=parameter.ndim > 1 and name not in spared, lr_scale=scales.get(name, 1.0))
+        for name, parameter in named.items()
+    }
+
+
+def _spared(model: nn.Module) -> set[str]:
+    described: Any = model
+    return set(described.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+
+
+def _scales(model: nn.Module, layer_decay: float) -> Mapping[str, float]:
+    if isinstance(model, VisionTransformer):
+        last = len(model.blocks) + 1
+        return {name: layer_decay ** (last - _vit_layer(name, last)) for name, _ in model.named_parameters()}
+    by_parameter = {
+        parameter: float(group["lr_scale"])
+        for group in param_groups_layer_decay(model, layer_decay=layer_decay)
+        for parameter in group["params"]
+    }
+    return {name: by_parameter[parameter] for name, parameter in model.named_parameters() if parameter in by_parameter}
+
+
+def _vit_layer(name: str, last: int) -> int:
+    if name.startswith(_STEM):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else last

@@ -1,0 +1,196 @@
+"""Supervised fine-tuning of a whole backbone on labelled images, by MAE's recipe.
+
+He et al. 2022, arXiv:2111.06377, table 9; facebookresearch/mae at efb2a80, main_finetune.py and models_vit.py, whose
+logits and parameter groups this file reproduces (tests/finetune/test_supervised.py). The same class trains from
+scratch: the control is the same code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from foreseen.config import Config, MethodOptions
+from foreseen.config import Views as ViewOptions
+from foreseen.data.batch import Batch
+from foreseen.data.views import Draw, Request, View, denormalise
+from foreseen.device_keys import subkey
+from foreseen.engine.objective import Objective, ParameterRule, Progress
+from foreseen.finetune.augment import EraseBox, RandAugment, erase
+from foreseen.finetune.layer_decay import parameter_rules
+from foreseen.finetune.mixing import PairMix, mix, soft_targets
+from foreseen.handoff.encoder import Preprocessing, create_encoder
+from foreseen.models.backbone import Pool
+from foreseen.models.drop_path import draw_drop_path
+from foreseen.models.initialise import head_names
+
+_PICTURES = 8
+
+
+class SupervisedOptions(MethodOptions):
+    """Options of `method.name: supervised`; the defaults are MAE's, but for the crops, which `views` sets."""
+
+    name: Literal["supervised"] = "supervised"
+    pool: Pool = "mean"
+    """What the head sees: "mean" of the patch tokens, or the class "token"."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    mixup: float = Field(0.8, ge=0)
+    """Alpha of mixup's Beta distribution; 0 switches it off."""
+    cutmix: float = Field(1.0, ge=0)
+    """Alpha of CutMix's Beta distribution; 0 switches it off."""
+    mixup_prob: float = Field(1.0, ge=0, le=1)
+    """Share of the pairs of images that are mixed, by either."""
+    switch_prob: float = Field(0.5, ge=0, le=1)
+    """Share of the mixed pairs that get CutMix, where both are on."""
+    head_init_std: float = Field(2e-5, gt=0)
+    """Of a new head on an encoder; from scratch the head is drawn as timm draws it."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed at all."""
+        return max(self.mixup, self.cutmix) > 0 and self.mixup_prob > 0
+
+
+class Supervised(Objective):
+    """A backbone with a linear head, trained on labels.
+
+    Args:
+        model: a timm model with K classes.
+        options: of the method.
+        view: what it is trained on; evaluation sees the same size and normalisation.
+        erase: probability of random erasing.
+    """
+
+    def __init__(self, model: nn.Module, options: SupervisedOptions, view: View, *, erase: float) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+        self.view = view
+        described: Any = model
+        self.num_classes: int = described.num_classes
+        self.group = 2 if options.mixes else 1
+        draws = []
+        if erase > 0:
+            draws.append(Draw("erase", EraseBox(erase, view.size)))
+        if options.mixes:
+            draw = PairMix(
+                mixup=options.mixup,
+                cutmix=options.cutmix,
+                probability=options.mixup_prob,
+                switch=options.switch_prob,
+                size=view.size,
+            )
+            draws.append(Draw("mix", draw, group=2))
+        self._request = Request(views=(view,), draws=tuple(draws), labels=True)
+
+    @classmethod
+    def build(cls, config: Config, num_classes: int) -> "Supervised":
+        """The objective that a recipe trains, with weights drawn from the global generator and from `init_from`.
+
+        Args:
+            config: of the verb "finetune".
+            num_classes: of the labels.
+        """
+        options = config.method
+        assert isinstance(options, SupervisedOptions)
+        encoder = create_encoder(
+            config.model, img_size=config.views.size, num_classes=num_classes, pool=options.pool
+        )  # fmt: skip
+        if encoder.initialised is not None:
+            _draw_heads(encoder.model, encoder.initialised.fresh, options.head_init_std)
+        view = _view(config.views, encoder.preprocessing)
+        return cls(encoder.model, options, view, erase=config.views.erase)
+
+    @property
+    def request(self) -> Request:
+        """One augmented crop per image and its label."""
+        return self._request
+
+    def evaluation_request(self) -> Request:
+        """The middle of each image and its label."""
+        return Request(views=(replace(self.view, crop="centre", flip=0.0, transform=None),), labels=True)
+
+    def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
+        """The cross-entropy with mixed and smoothed labels."""
+        assert batch.label is not None
+        with draw_drop_path(self.model, subkey(batch.key, "drop_path")):
+            logits = _exact(self.model(self._augment(batch)))
+        targets = soft_targets(
+            batch.label, batch.draws.get("mix"), self.num_classes, self.options.label_smoothing
+        )  # fmt: skip
+        loss = -(targets.to(logits.dtype) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        if self.options.mixes:
+            return {"loss": loss}
+        return {"loss": loss, "top1": (logits.argmax(dim=1) == batch.label).to(logits.dtype).mean()}
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the labelled samples: how many, how many right at first and among five, and the cross-entropy."""
+        assert batch.label is not None
+        known = batch.label >= 0
+        label = batch.label.clamp(min=0)
+        logits = _exact(self.model(batch.images[self.view.name]))
+        hits = logits.topk(min(5, self.num_classes), dim=1).indices == label[:, None]
+        loss = F.cross_entropy(logits, label, reduction="none")
+        return {
+            "count": known.sum(),
+            "top1": (hits[:, 0] & known).sum(),
+            "top5": (hits.any(dim=1) & known).sum(),
+            "loss": (loss * known).sum(),
+        }
+
+    def encoder(self) -> nn.Module:
+        """The backbone with its head."""
+        return self.model
+
+    def parameter_rules(self, layer_decay: float | None) -> Mapping[str, ParameterRule]:
+        """MAE's layer decay; see `foreseen.finetune.layer_decay`."""
+        return {f"model.{name}": rule for name, rule in parameter_rules(self.model, layer_decay).items()}
+
+    def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """What the network is shown: [N, 3, H, W] uint8."""
+        return {"inputs": denormalise(self._augment(batch)[:_PICTURES], self.view.mean, self.view.std)}
+
+    def _augment(self, batch: Batch) -> Tensor:
+        images = batch.images[self.view.name]
+        if "erase" in batch.draws:
+            images = erase(images, batch.draws["erase"], batch.key)
+        if "mix" in batch.draws:
+            images = mix(images, batch.draws["mix"])
+        return images
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _view(options: ViewOptions, preprocessing: Preprocessing) -> View:
+    mean, std = options.mean or preprocessing.mean, options.std or preprocessing.std
+    transform = None
+    if options.rand_augment is not None:
+        transform = RandAugment(options.rand_augment, options.size, mean, options.interpolation)
+    return View(
+        name="image",
+        size=options.size,
+        scale=options.scale,
+        ratio=options.ratio,
+        interpolation=options.interpolation,
+        flip=options.flip,
+        # As MAE evaluates: resize to 256 and cut 224 out, but see the whole side of larger inputs.
+        centre_fraction=0.875 if max(options.size) <= 224 else 1.0,
+        transform=transform,
+        mean=mean,
+        std=std,
+    )
+
+
+def _draw_heads(model: nn.Module, fresh: tuple[str, ...], std: float) -> None:
+    for head in head_names(model):
+        if f"{head}weight" in fresh:
+            classifier: Any = model.get_submodule(head.removesuffix("."))
+            nn.init.trunc_normal_(classifier.weight, std=std)
+            if classifier.bias is not None:
+                nn.init.zeros_(classifier.bias)
