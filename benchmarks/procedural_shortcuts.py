@@ -3,7 +3,8 @@
     python benchmarks/procedural_shortcuts.py
 
 Draws 6,000 train and 1,200 test pictures and prints the accuracy in percent on the latter: with 120 labels (10 a breed,
-mean of 5 draws of labels) and with all. The limit for few labels is three times chance, 25 %.
+mean of 5 draws of labels) and with all. The limit for few labels is three times chance, 25 %. Seeds 0, 1 and 2 give
+pixels 20.8 to 22.7 and colour histograms 8.8 to 9.2 with 120 labels, 48 to 53 and 11 to 12 with all.
 """
 
 import argparse
