@@ -185,13 +185,13 @@ class Config(Section):
 
     seed: int = Field(0, ge=0)
     run: Run
-    data: Data = Field(default_factory=Data)
+    data: Data = Data()
     model: Model
     method: MethodOptions
-    views: Views = Field(default_factory=Views)
+    views: Views = Views()
     optim: Optim
     batch: BatchSize
-    compute: Compute = Field(default_factory=Compute)
+    compute: Compute = Compute()
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:

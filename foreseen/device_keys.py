@@ -69,7 +69,7 @@ def library_generators_seeded(key: int) -> Iterator[None]:
     python, legacy_numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
-    torch.random.default_generator.manual_seed(key & ((1 << 63) - 1))
+    torch.default_generator.manual_seed(key & ((1 << 63) - 1))
     try:
         yield
     finally:

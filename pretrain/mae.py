@@ -20,7 +20,15 @@ from foreseen.engine.objective import Objective, Progress
 from foreseen.errors import BadInput
 from foreseen.handoff.encoder import create_encoder
 from foreseen.models.drop_path import draw_drop_path
-from foreseen.models.masked_vit import PatchDecoder, check_plain_vit, encode_visible, patchify, take, unpatchify
+from foreseen.models.masked_vit import (
+    PatchDecoder,
+    check_plain_vit,
+    encode_visible,
+    patchify,
+    position_table,
+    take,
+    unpatchify,
+)
 from foreseen.models.sincos import sincos_table
 
 _PICTURES = 8
@@ -42,7 +50,7 @@ class MAEOptions(MethodOptions):
     """Share of patches hidden."""
     norm_pix_loss: bool = True
     """Predict pixels normalised within each patch."""
-    decoder: DecoderOptions = Field(default_factory=DecoderOptions)
+    decoder: DecoderOptions = DecoderOptions()
 
 
 class MAE(Objective):
@@ -77,7 +85,7 @@ class MAE(Objective):
             depth=decoder.depth,
             num_heads=decoder.num_heads,
         )
-        vit.pos_embed.requires_grad_(False)
+        position_table(vit).requires_grad_(False)
 
     @classmethod
     def build(cls, config: Config) -> "MAE":
@@ -126,7 +134,7 @@ class MAE(Objective):
             The mean over hidden patches of the mean squared error over their values, in float32 at least; and the
             predictions [B, M, ph * pw * C], in the order of the hidden patches.
         """
-        visible, hidden = order.split([self.num_visible, self.num_patches - self.num_visible], dim=1)
+        visible, hidden = order[:, : self.num_visible], order[:, self.num_visible :]
         patches = patchify(images, self.patch_size)
         prediction = self.decoder(encode_visible(self.vit, patches, visible), visible, hidden)
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
@@ -203,10 +211,10 @@ def initialise(module: nn.Module) -> None:
 
 def fix_positions(vit: VisionTransformer) -> None:
     """Set the position table to sine-cosine; rows of prefix tokens, where the table has them, are zero."""
-    prefix_rows = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
-    table = sincos_table(vit.patch_embed.grid_size, vit.embed_dim, prefix_rows=prefix_rows)
+    table = position_table(vit)
+    prefix_rows = table.shape[1] - vit.patch_embed.num_patches
     with torch.no_grad():
-        vit.pos_embed.copy_(table[None])
+        table.copy_(sincos_table(vit.patch_embed.grid_size, vit.embed_dim, prefix_rows=prefix_rows)[None])
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

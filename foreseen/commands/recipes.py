@@ -1,8 +1,11 @@
 """`foreseen recipes`: what is shipped."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from foreseen.config import MethodOptions
 
 
 def recipes(
@@ -28,9 +31,10 @@ def recipes(
         print(load(verb, name, [], _options(verb)).to_yaml())
 
 
-def _options(verb: str):  # type: ignore[no-untyped-def]
+def _options(verb: str) -> "dict[str, type[MethodOptions]]":
+    from foreseen.finetune.methods import METHODS as FINETUNING
+    from foreseen.pretrain.methods import METHODS as PRETRAINING
+
     if verb == "pretrain":
-        from foreseen.pretrain.methods import METHODS
-    else:
-        from foreseen.finetune.methods import METHODS
-    return {name: method.options for name, method in METHODS.items()}
+        return {name: method.options for name, method in PRETRAINING.items()}
+    return {name: method.options for name, method in FINETUNING.items()}

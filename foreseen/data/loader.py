@@ -5,6 +5,7 @@ the range elsewhere. A sample that cannot be read is replaced by rule, so no oth
 """
 
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 
 import numpy as np
 import torch
@@ -77,8 +78,10 @@ class BatchBuilder:
         for attempt in range(_SUBSTITUTES + 1):
             try:
                 return decode(self.shards.read(sample), fast=self.fast_decode), sample
-            except (CorruptSample, DecodeError, OSError) as error:
+            except (DecodeError, OSError) as error:
                 problems.append(f"{self.shards.describe(sample)}: {error}")
+            except CorruptSample as error:  # it names the sample itself
+                problems.append(str(error))
             # A function of the key and the attempt, so that every run replaces alike and no other sample moves.
             draw = float(uniform(subkeys(key, f"substitute/{attempt}"), "sample", 1)[0, 0])
             choices = len(self.shards) if pool is None else len(pool)
@@ -92,8 +95,10 @@ class BatchBuilder:
         drawn = {}
         for draw in self.request.draws:
             keys = sample_keys(self.seed, positions - positions % draw.group)
-            tag = stream_constant(f"draw/{draw.name}")
-            rows = [draw.function(np.random.Generator(np.random.Philox(key=[int(k), tag]))) for k in keys]
+            # As uint64: of a list with integers on both sides of 2**63 numpy would make floats, and lose bits.
+            tags = np.full_like(keys, stream_constant(f"draw/{draw.name}"))
+            generators = (np.random.Generator(np.random.Philox(key=pair)) for pair in np.stack([keys, tags], axis=1))
+            rows = [draw.function(generator) for generator in generators]
             drawn[draw.name] = torch.from_numpy(np.stack(rows))
         return drawn
 
@@ -165,7 +170,7 @@ def load(dataset: Dataset[Batch], numbers: range, *, workers: int, pin_memory: b
     return iter(loader)
 
 
-def _fork_server():  # type: ignore[no-untyped-def]
+def _fork_server() -> BaseContext:
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["foreseen.data.loader"])
     return context

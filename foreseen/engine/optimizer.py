@@ -132,8 +132,8 @@ def _build(groups: list[dict[str, Any]], optim: Optim, lr: float) -> Optimizer:
         return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
     try:
         info = get_optimizer_info(optim.name)
-        known = {"betas": optim.betas} if info.has_betas else {}
-        known |= {"eps": optim.eps} if info.has_eps else {}  # type: ignore[dict-item]
+        known: dict[str, Any] = {"betas": optim.betas} if info.has_betas else {}
+        known |= {"eps": optim.eps} if info.has_eps else {}
         return create_optimizer_v2(groups, opt=optim.name, lr=lr, weight_decay=optim.weight_decay, **known)
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
         raise BadInput(f"optim.name {optim.name!r} cannot be built by timm: {error}") from error

@@ -6,6 +6,7 @@ channel).
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,13 +44,19 @@ def check_plain_vit(model: nn.Module, name: str | None) -> VisionTransformer:
     Raises:
         BadInput: it is no plain ViT, or has no position table of its own.
     """
-    plain = isinstance(model, VisionTransformer) and type(model.patch_embed) is PatchEmbed
-    if not plain or model.pos_embed is None:
+    if not isinstance(model, VisionTransformer) or type(model.patch_embed) is not PatchEmbed or model.pos_embed is None:
         raise BadInput(
             f"model.name {name} is no plain ViT with a position table, whose patches can be left out; "
             "take one of timm's vit_*, deit_* or deit3_* models"
         )
     return model
+
+
+def position_table(vit: VisionTransformer) -> nn.Parameter:
+    """The position table of a plain ViT, [1, L or P + L, D]."""
+    table = vit.pos_embed
+    assert isinstance(table, nn.Parameter), "check_plain_vit lets no ViT without a table pass"
+    return table
 
 
 def encode_visible(vit: VisionTransformer, patches: Tensor, visible: Tensor) -> Tensor:
@@ -68,7 +75,7 @@ def encode_visible(vit: VisionTransformer, patches: Tensor, visible: Tensor) -> 
     x = vit.patch_embed.norm(F.linear(take(patches, visible), weight, projection.bias))
     prefix = [t for t in (vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token) if t is not None]
     num_prefix = sum(token.shape[1] for token in prefix)
-    positions = vit.pos_embed[0]
+    positions = position_table(vit)[0]
     if not vit.no_embed_class:
         prefix = [torch.cat(prefix, dim=1) + positions[:num_prefix]] if prefix else []
         positions = positions[num_prefix:]
@@ -91,11 +98,13 @@ class PatchDecoder(nn.Module):
     Source: He et al. 2022, arXiv:2111.06377, section 3; facebookresearch/mae at efb2a80, models_mae.py.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self, encoder_dim: int, patch_dim: int, grid: tuple[int, int], *, embed_dim: int, depth: int, num_heads: int
     ) -> None:  # fmt: skip
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(encoder_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_table(grid, embed_dim))
