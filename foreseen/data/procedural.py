@@ -107,8 +107,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "occluder_hue": (0, 1),
     "occluder_saturation": (0, 0.4),
     "occluder_value": (0.1, 0.95),
-    # Light and camera: change of light across the picture, gains, contrast, fur's and the sensor's noise. The light is
-    # what keeps raw pixels from telling the breed; a wider pose does too, but costs a small network far more.
+    # Light and camera: change of light across the picture, gains, contrast, fur's and the sensor's noise. Strong
+    # changes of light are what keeps raw pixels from telling the breed, so that the pose can stay steady.
     "light_x": (-0.6, 0.6),
     "light_y": (-0.6, 0.6),
     "exposure": (0.55, 1.1),
