@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from foreseen.engine.objective import ParameterRule
