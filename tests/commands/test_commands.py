@@ -1,0 +1,114 @@
+"""The commands as a user meets them: one process, real shards, small models."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from typer.testing import CliRunner
+
+from foreseen import cli
+from foreseen.config import recipe_names
+
+Recipe = Callable[..., list[str]]
+
+
+def _foreseen(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("name", recipe_names("pretrain"))
+def test_every_pretraining_recipe_runs_and_ends_in_a_folder_that_timm_loads(
+    name: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    small = recipe(
+        run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,
+        method__decoder="{embed_dim: 32, depth: 1, num_heads: 2}",
+    )  # fmt: skip
+    output = _foreseen("pretrain", name, *small)
+    assert "step 2/2" in output
+    model = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 48)
+    assert json.loads((tmp_path / "run/encoder/lineage.json").read_text(encoding="utf-8"))["steps"] == 2
+    assert len(json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))["starts"]) == 1
+
+
+@pytest.mark.parametrize("name", recipe_names("finetune"))
+def test_every_finetuning_recipe_runs_from_scratch_and_scores_the_test_split(
+    name: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    small = recipe(
+        run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,
+        data__shots=4, model__init_from="null", model__name="vit_tiny_patch16_224",
+    )  # fmt: skip
+    _foreseen("finetune", name, *small)
+    result = json.loads((tmp_path / "run/result.json").read_text(encoding="utf-8"))
+    assert result["training_samples"] == 12
+    assert result["test"]["count"] == 37
+    assert 0 <= result["test"]["top1"] <= result["test"]["top5"] <= 1
+    model = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_an_encoder_goes_on_into_finetuning_and_the_table(recipe: Recipe, tmp_path: Path) -> None:
+    common = {"run__steps": 30, "optim__warmup_steps": 3, "batch__global_size": 8, "run__save_every": 10}
+    _foreseen("pretrain", "mae_cpu_minutes", *recipe(**common))
+    encoder = tmp_path / "run/encoder"
+    runs = []
+    for seed in (0, 1):
+        runs.append(str(tmp_path / f"finetune{seed}"))
+        overrides = recipe(**common, run__dir=runs[-1], seed=seed, data__shots=6, model__init_from=encoder)
+        _foreseen("finetune", "cpu_minutes", *overrides)
+    # Each class is a colour: a network that learns anything at all tells them apart.
+    assert json.loads(Path(runs[0], "result.json").read_text(encoding="utf-8"))["test"]["top1"] > 0.6
+    table = tmp_path / "table.md"
+    assert "1 rows" in _foreseen("results", *runs, "--out", str(table))
+    row = next(line for line in table.read_text(encoding="utf-8").splitlines() if str(encoder) in line)
+    assert "| 0, 1 |" in row
+    assert "±" in row
+    before = table.read_text(encoding="utf-8")
+    _foreseen("results", *runs, "--out", str(table))
+    assert table.read_text(encoding="utf-8") == before
+
+
+def _refused(*arguments: str) -> str:
+    from foreseen.errors import BadInput
+
+    with pytest.raises(BadInput) as error:
+        CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+    return str(error.value)
+
+
+def test_bad_input_is_a_sentence(recipe: Recipe, tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    common = {"run__steps": 2, "optim__warmup_steps": 1, "batch__global_size": 8}
+    assert "nowhere" in _refused("pretrain", "mae_cpu_minutes", *recipe(**common, data__path=nowhere))
+    (tmp_path / "empty").mkdir()
+    assert "empty" in _refused("pretrain", "mae_cpu_minutes", *recipe(**common, data__path=tmp_path / "empty"))
+    assert "did you mean" in _refused("pretrain", "mae_cpu_minutes", *recipe(**common, data__split="trane"))
+    patches = _refused("pretrain", "mae_cpu_minutes", *recipe(**common, views__size=30))
+    assert "30" in patches
+    assert "8" in patches
+    assert "views.size" in patches
+    assert "nowhere" in _refused("finetune", "cpu_minutes", *recipe(**common, model__init_from=nowhere))
+    many = _refused("finetune", "cpu_minutes", *recipe(**common, data__shots=100, model__init_from="null"))
+    assert "data.shots" in many
+
+
+def test_the_door_prints_the_sentence_and_exits_with_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["foreseen", "pretrain", "mae_vit_b16", "optim.l=1"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("foreseen: unknown key 'optim.l'")
+
+
+def test_recipes_are_listed_and_printed() -> None:
+    assert "foreseen pretrain mae_vit_b16" in _foreseen("recipes")
+    assert "mask_ratio: 0.75" in _foreseen("recipes", "mae_vit_b16")

@@ -1,0 +1,101 @@
+"""Recipes are found, overridden and checked, and what is wrong is said with the key to change."""
+
+from pathlib import Path
+
+import pytest
+
+from foreseen.config import RECIPES, Config, load, recipe_names
+from foreseen.errors import BadInput
+from foreseen.finetune.methods import METHODS as FINETUNING
+from foreseen.pretrain.methods import METHODS as PRETRAINING
+
+OPTIONS = {
+    "pretrain": {name: method.options for name, method in PRETRAINING.items()},
+    "finetune": {name: method.options for name, method in FINETUNING.items()},
+}
+
+
+def _load(*overrides: str) -> Config:
+    return load("pretrain", "mae_vit_b16", overrides, OPTIONS["pretrain"])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.l=1", r"unknown key 'optim.l' \(did you mean 'optim.min_lr' or 'optim.base_lr'\?\)"),
+        ("method.mask_ration=0.5", "unknown key 'method.mask_ration' .*'method.mask_ratio'"),
+        ("optm.base_lr=1", "unknown key 'optm' .*'optim'"),
+        ("optim.base_lr=abc", "optim.base_lr should be a valid number.* got 'abc'"),
+        ("method.mask_ratio=1.5", "method.mask_ratio should be less than 1, got 1.5"),
+        ("method.name=mea", "method.name is 'mea' .*'mae'"),
+        ("views.scale=[0.5,0.1]", "views.scale must be two rising shares"),
+        ("run.epochs=null", "run.steps and run.epochs are both null"),
+        ("model.img_size=96", r"model.img_size \[96, 96\] differs from views.size \[224, 224\]"),
+        ("run", "'run' is no override; write key=value"),
+        ("run.dir=${nowhere}", "cannot be read"),
+    ],
+)
+def test_a_wrong_override_is_a_sentence_that_names_the_key(override: str, sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        _load(override)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(BadInput) as error:
+        _load("optim.base_lr=-1", "method.mask_ratio=2", "batch.size=3")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_an_option_of_another_method_is_named_as_such() -> None:
+    from foreseen.config import MethodOptions, resolve
+
+    class Other(MethodOptions):
+        out_dim: int = 3
+
+    raw = {
+        "run": {"dir": "x", "steps": 1},
+        "model": {"name": "m"},
+        "method": {"name": "mae", "out_dim": 5},
+        "optim": {"base_lr": 1.0},
+        "batch": {"global_size": 4},
+    }
+    with pytest.raises(BadInput, match=r"'method.out_dim' is an option of other, not of the method chosen"):
+        resolve(raw, {**OPTIONS["pretrain"], "other": Other})
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(BadInput, match="no pretrain recipe 'mae_vit_b15' .*'mae_vit_b16'"):
+        load("pretrain", "mae_vit_b15", [], OPTIONS["pretrain"])
+    with pytest.raises(BadInput, match="no recipe file nowhere.yaml"):
+        load("pretrain", "nowhere.yaml", [], OPTIONS["pretrain"])
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
+    assert _load("optim.base_lr=1e-3").optim.base_lr == 1e-3
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text((RECIPES / "pretrain/mae_vit_b16.yaml").read_text(encoding="utf-8").replace("1.5e-4", "3e-4"))
+    assert load("pretrain", str(recipe), [], OPTIONS["pretrain"]).optim.base_lr == 3e-4
+
+
+def test_epochs_and_steps_are_both_shown_once_the_data_is_known(tmp_path: Path) -> None:
+    config = _load("run.epochs=10", "optim.warmup_epochs=2", "batch.global_size=50").with_length(1000)
+    assert (config.run.steps, config.run.epochs) == (200, 10)
+    assert (config.optim.warmup_steps, config.optim.warmup_epochs) == (40, 2)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert load("pretrain", str(path), [], OPTIONS["pretrain"]).model_dump() == config.model_dump()
+
+
+def test_a_warmup_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(BadInput, match="warm-up of 200 steps is not shorter than the run of 200 steps"):
+        _load("run.epochs=10", "optim.warmup_epochs=10", "batch.global_size=50").with_length(1000)
+
+
+@pytest.mark.parametrize(("verb", "name"), [(verb, name) for verb in OPTIONS for name in recipe_names(verb)])
+def test_every_shipped_recipe_is_valid_and_says_what_it_does(verb: str, name: str) -> None:
+    load(verb, name, [], OPTIONS[verb])
+    text = (RECIPES / verb / f"{name}.yaml").read_text(encoding="utf-8")
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    assert any(f"foreseen {verb} {name}" in line for line in head), "the head shows the command"
+    assert any("Expected" in line for line in head)
+    assert any("Cost" in line for line in head)
