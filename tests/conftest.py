@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # tiny products run slower on several threads, and much slower on busy ones
 
 
 def _draw(number: int, size: int) -> Image.Image:
-    """A smooth coloured picture, another one for each number; its class is number % 3, told by the channel that rises."""
+    """A smooth coloured picture, another one for each number; the channel that rises tells its class, number % 3."""
     rng = np.random.default_rng(number)
     ramp = np.linspace(0, 200, size)[None, :, None] * np.ones((size, 1, 1))
     pixels = rng.integers(0, 40, (size, size, 3)) + ramp * np.eye(3)[number % 3]

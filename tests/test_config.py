@@ -64,9 +64,9 @@ def test_an_option_of_another_method_is_named_as_such() -> None:
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(BadInput, match="no pretrain recipe 'mae_vit_b15' .*'mae_vit_b16'"):
+    with pytest.raises(BadInput, match=r"no pretrain recipe 'mae_vit_b15' .*'mae_vit_b16'"):
         load("pretrain", "mae_vit_b15", [], OPTIONS["pretrain"])
-    with pytest.raises(BadInput, match="no recipe file nowhere.yaml"):
+    with pytest.raises(BadInput, match=r"no recipe file nowhere\.yaml"):
         load("pretrain", "nowhere.yaml", [], OPTIONS["pretrain"])
 
 

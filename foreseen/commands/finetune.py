@@ -86,7 +86,7 @@ def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: in
     lineage = describe_lineage(config, job.builder.shards, outcome.best_step or outcome.step) | {"result": result}
     folder = config.run.dir / "encoder"
     save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
-    accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}')")
+    accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
 
 
 def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int) -> dict[str, Any]:

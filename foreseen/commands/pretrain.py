@@ -52,5 +52,5 @@ def run(config: "Config") -> "Outcome":
                 lineage = describe_lineage(config, shards, outcome.step)
                 seen = Preprocessing.of_view(objective.request.views[0])
                 save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
-                say(f"encoder: {folder}   timm.create_model('local-dir:{folder}')")
+                say(f"encoder: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
     return outcome

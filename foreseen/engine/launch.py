@@ -12,6 +12,7 @@ from torch import nn
 
 from foreseen.config import Compute
 from foreseen.engine.objective import Objective
+from foreseen.engine.run_folder import cpu_info
 
 _logger = logging.getLogger(__name__)
 _FP32_ERROR = 2e-6  # relative; what float32 products of this size lose anyway, with room
@@ -30,6 +31,8 @@ def start(compute: Compute) -> Accelerator:
     )
     if accelerator.device.type == "cpu" and compute.precision == "fp32":
         allow_fast_fp32()
+    if accelerator.device.type == "cpu" and compute.precision == "bf16" and accelerator.is_main_process:
+        _advise_on_bf16()
     return accelerator
 
 
@@ -67,11 +70,14 @@ def describe_devices(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def allow_fast_fp32() -> None:
-    """Let float32 products on this CPU take the faster library, if they stay float32 there.
+    """Let float32 products take the faster library, on the CPUs where they stay float32 there.
 
-    Some CPUs run them twice as fast at the setting "medium", with the same error; others would really round to
-    bfloat16. So the error is measured, once.
+    On AMD's CPUs the default library leaves half the speed unused, and the setting "medium" routes around it, still in
+    float32. Elsewhere it gains nothing or would really round to bfloat16, so the error is measured as well. Both tests
+    come out alike at every start on a machine; a race of speeds would not, and a resumed run could differ in bits.
     """
+    if "AuthenticAMD" not in cpu_info():
+        return
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
@@ -80,3 +86,11 @@ def allow_fast_fp32() -> None:
     error = ((a @ b).double() - exact).norm() / exact.norm()
     if error > _FP32_ERROR:
         torch.set_float32_matmul_precision(before)
+
+
+def _advise_on_bf16() -> None:
+    if not {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info().split()):
+        _logger.warning(
+            "this CPU has no bfloat16 arithmetic, so compute.precision bf16 is several times slower than fp32 here; "
+            "set compute.precision=fp32"
+        )

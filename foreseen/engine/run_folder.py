@@ -87,9 +87,14 @@ def record_start(folder: Path, start: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
 
 
-def _cpu_name() -> str:
+def cpu_info() -> str:
+    """What Linux says of the first CPU; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+
+
+def _cpu_name() -> str:
+    names = (line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

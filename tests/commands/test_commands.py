@@ -94,7 +94,7 @@ def test_bad_input_is_a_sentence(recipe: Recipe, tmp_path: Path) -> None:
     assert "30" in patches
     assert "8" in patches
     assert "views.size" in patches
-    assert "nowhere" in _refused("finetune", "cpu_minutes", *recipe(**common, model__init_from=nowhere))
+    assert "nowhere" in _refused("finetune", "cpu_minutes", *recipe(**common, data__shots=4, model__init_from=nowhere))
     many = _refused("finetune", "cpu_minutes", *recipe(**common, data__shots=100, model__init_from="null"))
     assert "data.shots" in many
 

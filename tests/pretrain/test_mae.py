@@ -110,9 +110,15 @@ def test_as_many_patches_stay_visible_as_in_the_authors_code() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2",
-     "vit_base_patch16_clip_224", "vit_medium_patch16_reg4_gap_256"],
-)  # fmt: skip
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_clip_224",
+        "vit_medium_patch16_reg4_gap_256",
+    ],
+)
 def test_every_kind_of_plain_vit_encodes_what_timm_encodes(name: str) -> None:
     objective = _small(name=name, args="{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}").eval()
     vit, images = objective.vit, _batch().images["image"]
