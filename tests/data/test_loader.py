@@ -21,6 +21,7 @@ from foreseen.errors import BadInput
 from foreseen.keys import sample_keys
 
 GLOBAL_SIZE, STEPS, SAMPLES = 16, 3, 37
+DAMAGED = range(4, 37, 6)
 
 
 def draw_numbers(generator: np.random.Generator) -> NDArray[np.float64]:
@@ -155,10 +156,10 @@ def test_a_subset_is_a_stream_of_its_own(shards: ShardSet) -> None:
 
 @pytest.fixture
 def damaged(small_shards: Path, tmp_path: Path) -> ShardSet:
-    """The set with a flipped byte in each of the samples 4 and 20."""
+    """The set with a flipped byte in each sample of DAMAGED."""
     shutil.copytree(small_shards, tmp_path / "damaged")
     shards = ShardSet.open(tmp_path / "damaged", "train")
-    for number in (4, 20):
+    for number in DAMAGED:
         data = shards.read(number)
         for shard in (tmp_path / "damaged").glob("train*.tar"):
             raw = bytearray(shard.read_bytes())
@@ -173,17 +174,17 @@ def test_a_damaged_sample_is_replaced_without_moving_any_other(
 ) -> None:
     batches = list(all_ranks(damaged, 1, 16))
     found = rows(iter(batches))
-    replaced = {position for position in whole if int(whole[position]["sample"]) in (4, 20)}
+    replaced = {position for position in whole if int(whole[position]["sample"]) in DAMAGED}
     assert replaced
     assert_same({p: whole[p] for p in whole if p not in replaced}, {p: found[p] for p in found if p not in replaced})
     for position in replaced:
-        assert found[position]["sample"] not in (4, 20)
+        assert int(found[position]["sample"]) not in DAMAGED
         assert found[position]["key"] == whole[position]["key"]
         assert found[position]["label"] == damaged.labels[int(found[position]["sample"])]
     assert_same(found, rows(all_ranks(damaged, 2, 4)))
 
     problems = [problem for batch in batches for problem in batch.problems]
-    assert len(problems) == len(replaced)
+    assert len(problems) >= len(replaced)  # a substitute may be damaged too
     assert all(problem.count("train-") == 1 and "crc32 differs" in problem for problem in problems)
 
 
@@ -194,7 +195,7 @@ def test_a_substitute_comes_from_the_same_subset(damaged: ShardSet) -> None:
 
 def test_a_set_with_nothing_readable_is_refused_with_a_sentence(damaged: ShardSet) -> None:
     with pytest.raises(BadInput, match=r"21 samples in a row .* pack it again"):
-        stream(damaged, subset=np.array([4, 20], dtype=np.int64))[0]
+        stream(damaged, subset=np.array([4, 10], dtype=np.int64))[0]
 
 
 def test_labels_that_a_set_has_not_are_refused(picture_folder: Path, tmp_path: Path) -> None:
