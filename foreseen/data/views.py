@@ -196,8 +196,10 @@ class ViewCutter:
 
 
 def _resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    # uint8 in, uint8 out: equal to Pillow's antialiased filter to within the rounding.
-    return F.interpolate(pixels[None], size=size, mode=interpolation, antialias=True, align_corners=False)[0]
+    # uint8 in, uint8 out: equal to Pillow's antialiased filter to within the rounding. The batch axis is put before
+    # channels that stand last: `pixels[None]` would hide that they do, and torch would unpack and repack them.
+    images = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(images, size=size, mode=interpolation, antialias=True, align_corners=False)[0]
 
 
 def _cut(pixels: Tensor, window: Window, view: View) -> Tensor:
