@@ -64,7 +64,7 @@ class EraseBox:
         self.probability = probability
         self.size = size
 
-    def __call__(self, rng: np.random.Generator) -> NDArray[np.int64]:
+    def __call__(self, rng: np.random.Generator, position: int) -> NDArray[np.int64]:
         """One box as (top, bottom, left, right) in pixels, [4]; all 0 for none."""
         height, width = self.size
         if rng.random() < self.probability:

@@ -35,7 +35,7 @@ class PairMix:
         self.switch = switch if mixup > 0 and cutmix > 0 else float(cutmix > 0)
         self.size = size
 
-    def __call__(self, rng: np.random.Generator) -> NDArray[np.float64]:
+    def __call__(self, rng: np.random.Generator, position: int) -> NDArray[np.float64]:
         """The share of an image's own label, and the box (top, bottom, left, right) that its partner fills, [5].
 
         The box is empty for mixup, whose pixels are mixed by that share.

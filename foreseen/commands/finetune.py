@@ -98,8 +98,8 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
     from foreseen.data.loader import BatchBuilder, SweepDataset
     from foreseen.engine.checkpoint import Checkpoints
     from foreseen.engine.evaluate import evaluate
-    from foreseen.engine.run_folder import write_atomically
     from foreseen.errors import BadInput
+    from foreseen.files import write_atomically
 
     config = job.config
     best = Checkpoints(config.run.dir / "checkpoints", config.run.keep_last).best

@@ -15,8 +15,8 @@ def results(
     ] = None,
 ) -> None:
     """Write a row for each group of fine-tuning runs that differ in nothing but their seeds."""
-    from foreseen.engine.run_folder import write_atomically
     from foreseen.errors import BadInput
+    from foreseen.files import write_atomically
 
     table = make_table(runs)
     if out is None:

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from foreseen.config import Config
 from foreseen.data.shards import ShardSet
 from foreseen.engine.launch import describe_devices, start
-from foreseen.engine.run_folder import RunLock, describe_start, record_start, write_atomically
+from foreseen.engine.run_folder import RunLock, describe_start, record_start
+from foreseen.files import write_atomically
 
 Say = Callable[[str], None]
 _PROCEDURAL_TRAIN, _PROCEDURAL_TEST = 6000, 1200

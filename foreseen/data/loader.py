@@ -94,11 +94,12 @@ class BatchBuilder:
     def _draws(self, positions: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         drawn = {}
         for draw in self.request.draws:
-            keys = sample_keys(self.seed, positions - positions % draw.group)
+            owners = positions - positions % draw.group
+            keys = sample_keys(self.seed, owners)
             # As uint64: of a list with integers on both sides of 2**63 numpy would make floats, and lose bits.
             tags = np.full_like(keys, stream_constant(f"draw/{draw.name}"))
             generators = (np.random.Generator(np.random.Philox(key=pair)) for pair in np.stack([keys, tags], axis=1))
-            rows = [draw.function(generator) for generator in generators]
+            rows = [draw.function(*pair) for pair in zip(generators, owners.tolist(), strict=True)]
             drawn[draw.name] = torch.from_numpy(np.stack(rows))
         return drawn
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from foreseen import __version__
 from foreseen.errors import BadInput
+from foreseen.files import write_atomically
 
 FORMAT, VERSION = "foreseen-shards", 1
 FILE_NAME = "manifest.json"
@@ -98,26 +99,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         lines = ",\n".join(f"    {json.dumps(shard._asdict())}" for shard in split.shards)
         text = text.replace('"shards": []', f'"shards": [\n{lines}\n   ]', 1)
     write_atomically(folder / FILE_NAME, text.encode() + b"\n")
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens to the process or the machine."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    with open(part, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _parse_split(found: dict[str, Any]) -> Split:

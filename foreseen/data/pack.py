@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from foreseen.data.manifest import write_atomically
 from foreseen.data.publish import Plan, begin, is_finished, lock_folder, publish, read_manifest_or_none_yet
 from foreseen.data.source import SourceSample
 from foreseen.data.write_shard import ShardJob, ShardResult, write_shard
 from foreseen.errors import BadInput
+from foreseen.files import write_atomically
 from foreseen.keys import sample_keys, subkeys
 
 Progress = Callable[[int, int], None]

@@ -26,13 +26,12 @@ from foreseen.data.manifest import (
     Shard,
     Split,
     read_manifest,
-    sync_folder,
-    write_atomically,
     write_manifest,
 )
 from foreseen.data.shards import INDEX_ROW, index_digest
 from foreseen.data.write_shard import ShardResult, done_file
 from foreseen.errors import BadInput
+from foreseen.files import sync, write_atomically
 
 _LOCK = ".packing.lock"
 
@@ -167,7 +166,7 @@ def publish(
         plan=asdict(plan),
     )
     _remove_strays(out, plan.split, entry)
-    sync_folder(out)
+    sync(out)
     write_manifest(out, Manifest({**manifest.splits, plan.split: entry}, classes or manifest.classes))
     shutil.rmtree(work)
     return entry

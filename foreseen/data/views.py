@@ -74,12 +74,13 @@ class Draw:
 
     Attributes:
         name: under which the batch holds it.
-        function: from a generator to an array of one shape and dtype; must be picklable.
+        function: from a generator and the position in the stream (for what is stratified over the global batch; the
+            first one of the group) to an array of one shape and dtype; must be picklable.
         group: so many consecutive positions share one draw; 1 draws for each sample, 2 for a mixup pair.
     """
 
     name: str
-    function: Callable[[np.random.Generator], NDArray[Any]]
+    function: Callable[[np.random.Generator, int], NDArray[Any]]
     group: int = 1
 
 

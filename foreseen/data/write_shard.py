@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from foreseen.data.decode import MAX_BYTES, DecodeError, decode
-from foreseen.data.manifest import write_atomically
 from foreseen.data.shards import TAR_BLOCK, CorruptSample
 from foreseen.data.source import Blob, Box, SourceSample
 from foreseen.data.tars import scan_tar
+from foreseen.files import write_atomically
 
 _STATISTICS_GRID = 64  # pixels a side, about: the mean over many pictures needs no more of each
 _PILLOW_NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}

@@ -20,8 +20,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foreseen.engine.run_folder import write_atomically
 from foreseen.errors import BadInput
+from foreseen.files import sync, write_atomically
 
 _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)")
@@ -75,11 +75,11 @@ class Checkpoints:
             manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=2), encoding="utf-8")
             for path in [*temporary.iterdir(), temporary]:
-                _sync(path)
+                sync(path)
             if final.exists():
                 self._remove(final)
             os.rename(temporary, final)
-            _sync(self.folder)
+            sync(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise BadInput(
@@ -165,11 +165,3 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

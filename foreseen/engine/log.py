@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from foreseen.engine.objective import all_reduce_sum
-from foreseen.engine.run_folder import write_atomically
+from foreseen.files import write_atomically
 
 
 class Meter:

@@ -1,4 +1,4 @@
-"""The run folder: who holds it, what made it, and files that appear whole or not at all.
+"""The run folder: who holds it, and what made it.
 
 config.yaml        the resolved config
 environment.json   each start of the run: command, versions, machine
@@ -22,18 +22,9 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from foreseen.errors import BadInput
+from foreseen.files import write_atomically
 
 _PACKAGES = ("foreseen", "torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pillow")
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Replace a small file so that a reader, or a crash, sees the old or the new one whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class RunLock:

@@ -24,8 +24,12 @@ GLOBAL_SIZE, STEPS, SAMPLES = 16, 3, 37
 DAMAGED = range(4, 37, 6)
 
 
-def draw_numbers(generator: np.random.Generator) -> NDArray[np.float64]:
+def draw_numbers(generator: np.random.Generator, position: int) -> NDArray[np.float64]:
     return generator.beta(0.8, 0.8, size=3)
+
+
+def tell_position(generator: np.random.Generator, position: int) -> NDArray[np.int64]:
+    return np.array(position)
 
 
 REQUEST = Request(
@@ -34,7 +38,12 @@ REQUEST = Request(
         View("tokenizer", (12, 16), count=2, window_of="input"),
         View("centre", (16, 16), crop="centre"),
     ),
-    draws=(Draw("numbers", draw_numbers), Draw("pair", draw_numbers, group=2)),
+    draws=(
+        Draw("numbers", draw_numbers),
+        Draw("pair", draw_numbers, group=2),
+        Draw("place", tell_position),
+        Draw("place of pair", tell_position, group=2),
+    ),
     labels=True,
 )
 
@@ -227,3 +236,9 @@ def test_a_layout_that_does_not_divide_names_the_sizes_that_do() -> None:
 def test_keys_of_a_batch_are_those_of_its_positions(whole: dict[int, dict[str, Tensor]]) -> None:
     expected = sample_keys(5, np.arange(STEPS * GLOBAL_SIZE)).view(np.int64).tolist()
     assert [int(whole[position]["key"]) for position in range(STEPS * GLOBAL_SIZE)] == expected
+
+
+def test_a_draw_is_told_the_position_of_its_group(shards: ShardSet) -> None:
+    batch = stream(shards)[2]
+    assert torch.equal(batch.draws["place"], batch.position)
+    assert torch.equal(batch.draws["place of pair"], batch.position // 2 * 2)

@@ -61,7 +61,7 @@ def crop_keys(batch: Batch, view: str, count: int) -> Tensor:
     return torch.cat([subkey(batch.key, f"{view}/{crop}") for crop in range(count)])
 
 
-def blockwise_mask(generator: np.random.Generator) -> NDArray[np.bool_]:
+def blockwise_mask(generator: np.random.Generator, position: int) -> NDArray[np.bool_]:
     """BEiT's loop, drawn in the worker since it is sequential: [L], at most half the patches, often fewer."""
     mask = np.zeros(GRID, dtype=bool)
     for _ in range(10):
@@ -300,7 +300,7 @@ class SimMIM(Objective):
         return {"loss": errors.sum() / (3 * on_pixels.sum())}  # every image hides as many, so this is its own mean
 
 
-def draw_lambda(generator: np.random.Generator) -> NDArray[np.float32]:
+def draw_lambda(generator: np.random.Generator, position: int) -> NDArray[np.float32]:
     return np.float32(generator.beta(0.8, 0.8))
 
 

@@ -71,7 +71,7 @@ def test_a_kill_while_saving_leaves_the_older_one(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_sync", killed) if moment == "writing" else patched.setattr(os, "rename", killed)
+        patched.setattr(checkpoint, "sync", killed) if moment == "writing" else patched.setattr(os, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             _save(checkpoints, 2)
     assert ".tmp-2" in _steps(checkpoints)

@@ -17,7 +17,7 @@ def keys(n, start=0):
 
 def boxes(probability, size, n):
     rng = np.random.default_rng(0)
-    return np.stack([EraseBox(probability, size)(rng) for _ in range(n)])
+    return np.stack([EraseBox(probability, size)(rng, 0) for _ in range(n)])
 
 
 def rand_augment(notation="rand-m9-mstd0.5-inc1"):

@@ -8,7 +8,7 @@ from foreseen.finetune.mixing import PairMix, mix, partner, soft_targets
 def drawn(n=2000, size=(16, 24), **options):
     draw = PairMix(**{"mixup": 0.8, "cutmix": 1.0, "probability": 1.0, "switch": 0.5, **options}, size=size)
     rng = np.random.default_rng(0)
-    return torch.from_numpy(np.stack([draw(rng) for _ in range(n)]))
+    return torch.from_numpy(np.stack([draw(rng, 0) for _ in range(n)]))
 
 
 def per_image(pairs):

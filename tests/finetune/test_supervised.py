@@ -62,7 +62,7 @@ def batch_of(objective, n=8, start=0, dtype=torch.float32):
     draws = {}
     for draw in objective.request.draws:
         owners = positions - positions % draw.group
-        draws[draw.name] = torch.from_numpy(np.stack([draw.function(np.random.default_rng(p)) for p in owners]))
+        draws[draw.name] = torch.from_numpy(np.stack([draw.function(np.random.default_rng(p), p) for p in owners]))
     batch = Batch(
         position=torch.from_numpy(positions),
         key=as_tensor(sample_keys(0, positions)),
