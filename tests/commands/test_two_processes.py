@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 Recipe = Callable[..., list[str]]
 DEADLINE_S = 300
+TAG = "FORESEEN_TEST_RUN"  # in the environment of every process of a job, loader workers included
 
 
 def _launch(overrides: list[str], ranks: int) -> subprocess.Popen[str]:
@@ -24,12 +25,16 @@ def _launch(overrides: list[str], ranks: int) -> subprocess.Popen[str]:
     command = [sys.executable, *(launcher + port if ranks > 1 else []), "-m", "foreseen"]
     return subprocess.Popen(
         [*command, "pretrain", "mae_cpu_minutes", *overrides],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", TAG: _run_dir(overrides)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+
+
+def _run_dir(overrides: list[str]) -> str:
+    return next(o.removeprefix("run.dir=") for o in reversed(overrides) if o.startswith("run.dir="))
 
 
 def _finish(job: subprocess.Popen[str]) -> str:
@@ -38,13 +43,13 @@ def _finish(job: subprocess.Popen[str]) -> str:
     return output
 
 
-def _members(folder: Path) -> list[int]:
-    """Processes whose command line names the run folder."""
+def _members(folder: Path, entry: str = "environ") -> list[int]:
+    """Processes of the job of a run folder; with "cmdline" only the launcher and the ranks."""
     found = []
-    for entry in Path("/proc").iterdir():
+    for process in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
+            if process.name.isdigit() and str(folder).encode() in (process / entry).read_bytes():
+                found.append(int(process.name))
         except OSError:
             continue
     return [pid for pid in found if pid != os.getpid()]
@@ -63,6 +68,14 @@ def _wait_for_step(folder: Path, step: int, job: subprocess.Popen[str]) -> None:
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)
     raise AssertionError(f"no step {step} within {DEADLINE_S} s")
+
+
+def _wait_until_gone(folder: Path) -> None:
+    """No loader worker outlives its ranks."""
+    began = time.monotonic()
+    while _members(folder):
+        assert time.monotonic() - began < 60, _members(folder)
+        time.sleep(0.2)
 
 
 def _losses(folder: Path) -> dict[int, float]:
@@ -87,16 +100,17 @@ def test_two_hundred_steps_on_two_ranks_survive_kills_bit_for_bit(recipe: Recipe
     for step in (45, 130):
         job = _launch(recipe(**common, run__dir=killed), ranks=2)
         _wait_for_step(killed, step, job)
-        for pid in _members(killed):
+        assert len(_members(killed)) > len(_members(killed, "cmdline")) >= 3  # workers; the launcher and two ranks
+        for pid in _members(killed, "cmdline"):
             os.kill(pid, signal.SIGKILL)
         job.wait(DEADLINE_S)
+        _wait_until_gone(killed)
     assert max(_losses(killed)) < 200
     output = _finish(_launch(recipe(**common, run__dir=killed), ranks=2))
     assert "going on from step" in output
     assert _losses(killed) == _losses(unbroken)
     assert _weights(killed) == _weights(unbroken)
-    time.sleep(2)
-    assert _members(killed) == []
+    _wait_until_gone(killed)
 
 
 def test_a_term_signal_saves_everywhere_and_the_run_goes_on_alone(recipe: Recipe, tmp_path: Path) -> None:

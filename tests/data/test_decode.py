@@ -84,11 +84,14 @@ def test_exif_orientation_is_applied(value: int, fast: bool) -> None:
     assert pixels.flags.c_contiguous
 
 
-def test_an_orientation_in_xmp_alone_is_left_to_pillow() -> None:
-    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-    data = encoded(picture(), xmp=xmp)
-    assert _plain_jpeg_size(data) is None
-    assert decode(data).shape == (48, 32, 3)
+@pytest.mark.parametrize("form", [b' tiff:Orientation="%d"/>', b"><tiff:Orientation>%d</tiff:Orientation>"])
+def test_an_orientation_in_xmp_alone_is_left_to_pillow(form: bytes) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description' + form + b"</x:xmpmeta>"
+    turned, upright = (encoded(picture(), xmp=xmp % orientation) for orientation in (6, 1))
+    assert _plain_jpeg_size(turned) is None
+    assert decode(turned).shape == (48, 32, 3)
+    assert _plain_jpeg_size(upright) == (48, 32)
+    np.testing.assert_array_equal(decode(upright), decode(upright, fast=False))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
