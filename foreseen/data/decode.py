@@ -6,6 +6,7 @@ takes plain JPEGs where it is installed; it uses the same libjpeg-turbo, and a t
 """
 
 import importlib
+import re
 import struct
 from collections.abc import Callable
 from functools import cache
@@ -23,6 +24,7 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 << 20
 
 _ORIENTATION_TAG = 0x0112
+_TURNING_XMP = re.compile(rb'(?<!/)tiff:Orientation(?!(?:="|>)1\b)')  # Photoshop writes a 1 into every upright picture
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -162,7 +164,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 def _is_upright(app1: bytes) -> bool:
     """False where an EXIF or XMP segment turns the picture, or where one cannot tell."""
     if not app1.startswith(b"Exif\0\0"):
-        return b"tiff:Orientation" not in app1
+        return _TURNING_XMP.search(app1) is None
     tiff = app1[6:]
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
