@@ -17,7 +17,6 @@ from foreseen.errors import BadInput
 
 _BLOCK = 512
 _HEADER = struct.Struct("100s 24x 12s 20x B 100x 5s 83x 155s 12x")  # name, size, kind, magic, prefix (POSIX ustar)
-_CHECKSUM = slice(148, 156)
 _WINDOW = 8 * _BLOCK  # a page: the json and the next header come with the header before them
 _CHECKED_TOGETHER = 1024  # summing the bytes of one header in Python takes longer than all the rest
 _END = bytes(_BLOCK)
@@ -100,8 +99,9 @@ def _scan_headers(file: Path, descriptor: int) -> list[Member] | None:
 def _checksums_fit(headers: list[bytes]) -> bool:
     """Whether each header's checksum is the sum of its bytes, its own field counted as blanks."""
     table = np.frombuffer(b"".join(headers), dtype=np.uint8).reshape(-1, _BLOCK)
-    sums = table.sum(1, dtype=np.uint32) - table[:, _CHECKSUM].sum(1, dtype=np.uint32) + 8 * 32
-    return all(_octal(header[_CHECKSUM]) == total for header, total in zip(headers, sums.tolist(), strict=True))
+    sums = table.sum(1, dtype=np.uint32) - table[:, 148:156].sum(1, dtype=np.uint32) + 8 * 32
+    totals: list[int | None] = sums.tolist()
+    return totals == [_octal(header[148:156]) for header in headers]
 
 
 def _scan_with_tarfile(file: Path) -> list[Member]:
