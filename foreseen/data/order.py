@@ -16,7 +16,7 @@ from foreseen.keys import MIX_2, mix, stream_constant
 ORDER_VERSION = 1  # stands in checkpoints: another version is another stream
 _ROUNDS = 8  # uniform from some thousand samples on; fewer are not
 _SORTED_UP_TO = 4096
-_ODD = np.uint64(MIX_2)
+_ODD = np.array(MIX_2, dtype=np.uint64)
 
 Positions = NDArray[np.int64]
 
@@ -64,8 +64,9 @@ def _epoch_keys(seed: int, epoch: int, n: int) -> NDArray[np.uint64]:
 
 
 @lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
-    return _epoch_keys(seed, epoch, _ROUNDS)
+def _round_keys(seed: int, epoch: int) -> list[NDArray[np.uint64]]:
+    # As arrays of no axes: with numpy's scalars every operation on a small block takes half as long again.
+    return [np.array(key) for key in _epoch_keys(seed, epoch, _ROUNDS)]
 
 
 @lru_cache(maxsize=4)
@@ -73,16 +74,16 @@ def _sorted_permutation(seed: int, epoch: int, num_samples: int) -> Positions:
     return np.argsort(_epoch_keys(seed, epoch, num_samples), kind="stable").astype(np.int64)
 
 
-def _feistel(values: NDArray[np.uint64], keys: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:
+def _feistel(values: NDArray[np.uint64], keys: list[NDArray[np.uint64]], bits: int) -> NDArray[np.uint64]:
     # The halves have bits // 2 and bits - bits // 2 bits and change sides each round; an even number of rounds
     # brings the widths back.
     narrow, wide = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(wide), values & np.uint64((1 << wide) - 1)
-    left_bits, right_bits = narrow, wide
+    to_left, to_right = (np.array(64 - width, dtype=np.uint64) for width in (narrow, wide))
     for key in keys:
         # The high bits of a product depend on all bits of the factor: enough for one round of eight, and a third of
         # the cost of the full hash.
-        scrambled = ((right ^ key) * _ODD) >> np.uint64(64 - left_bits)
+        scrambled = ((right ^ key) * _ODD) >> to_left
         left, right = right, left ^ scrambled
-        left_bits, right_bits = right_bits, left_bits
+        to_left, to_right = to_right, to_left
     return (left << np.uint64(wide)) | right
