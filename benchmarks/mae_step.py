@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from foreseen.config import load
 from foreseen.data.batch import Batch
-from foreseen.engine.launch import allow_fast_fp32
+from foreseen.engine.launch import allow_fast_fp32, choose_attention
 from foreseen.engine.objective import Progress
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.pretrain.methods import METHODS
@@ -57,9 +57,7 @@ def ours(name: str, images: Tensor, precision: str) -> Step:
     overrides = ["data.path=unused", f"batch.global_size={len(images)}", "optim.warmup_epochs=null"]
     config = load("pretrain", "mae_vit_b16", [*overrides, f"model.name={name}", "run.steps=1000000"], options)
     objective = METHODS["mae"].build(config).to(images.device)
-    for module in objective.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = images.device.type != "cpu"
+    choose_attention(objective, images.device)
     rules = objective.parameter_rules(None)
     optimizer = SteppedOptimizer(objective, rules, config.optim, global_size=len(images), total_steps=10**6)
     progress = Progress(0, 10**6, 1000.0, 0)

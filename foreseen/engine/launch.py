@@ -37,16 +37,23 @@ def start(compute: Compute) -> Accelerator:
 
 
 def place(objective: Objective, accelerator: Accelerator, compute: Compute) -> None:
-    """Move an objective to its device and choose the attention kernel that is fastest there.
-
-    On CPUs explicit attention beats the fused kernel by a fifth at the sizes of a ViT; on GPUs it is the other way.
-    """
+    """Move an objective to its device and choose the attention kernel that is fastest there."""
     objective.to(device=accelerator.device)
     if compute.precision == "fp64":
         objective.double()
-    for module in objective.modules():
+    choose_attention(objective, accelerator.device)
+
+
+def choose_attention(model: nn.Module, device: torch.device) -> None:
+    """Let every attention of a timm model use the kernel that is fastest on a device at the sizes of a ViT.
+
+    That is the fused one, but for AMD's CPUs, where explicit products beat it by a fifth (benchmarks/mae_step.py). The
+    choice must not depend on a race, or a resumed run could differ in bits.
+    """
+    explicit = device.type == "cpu" and _is_amd()
+    for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = accelerator.device.type != "cpu"
+            setattr(module, "fused_attn", not explicit)  # noqa: B010  (no attribute that torch declares)
 
 
 def wrap(objective: Objective, accelerator: Accelerator) -> nn.Module:
@@ -76,7 +83,7 @@ def allow_fast_fp32() -> None:
     float32. Elsewhere it gains nothing or would really round to bfloat16, so the error is measured as well. Both tests
     come out alike at every start on a machine; a race of speeds would not, and a resumed run could differ in bits.
     """
-    if "AuthenticAMD" not in cpu_info():
+    if not _is_amd():
         return
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
@@ -86,6 +93,10 @@ def allow_fast_fp32() -> None:
     error = ((a @ b).double() - exact).norm() / exact.norm()
     if error > _FP32_ERROR:
         torch.set_float32_matmul_precision(before)
+
+
+def _is_amd() -> bool:
+    return "AuthenticAMD" in cpu_info()
 
 
 def _advise_on_bf16() -> None:

@@ -114,32 +114,45 @@ class PatchDecoder(nn.Module):
         self.norm = norm(embed_dim)
         self.pred = nn.Linear(embed_dim, patch_dim)
 
-    def tokens(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Tokens of the whole image after the last block.
+    def forward(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Predict the pixels of hidden patches.
 
-        Attention does not care for the order of tokens that carry their positions, so they stay in the order
-        prefix, visible, hidden and are never sorted back.
+        Attention does not care for the order of tokens that carry their positions, so they stay in the order prefix,
+        visible, hidden and are never sorted back.
 
         Args:
             latent: the encoder's tokens, [B, P + V, D].
             visible, hidden: numbers of the patches, [B, V] and [B, M].
 
         Returns:
-            [B, P + V + M, embed_dim].
+            [B, M, ph * pw * C], in the order of `hidden`.
         """
         x = self.embed(latent)
-        prefix, seen = x.split([x.shape[1] - visible.shape[1], visible.shape[1]], dim=1)
+        num_visible, num_hidden = visible.shape[1], hidden.shape[1]
+        prefix, seen = x[:, : x.shape[1] - num_visible], x[:, x.shape[1] - num_visible :]
         seen = seen + self.pos_embed[visible]
         unseen = self.mask_token + self.pos_embed[hidden]
         x = torch.cat([prefix, seen, unseen.to(seen.dtype)], dim=1)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return x  # type: ignore[no-any-return]
+        x = _last_tokens(self.blocks[-1], x, num_hidden)
+        return self.pred(self.norm(x))  # type: ignore[no-any-return]
 
-    def predict(self, tokens: Tensor) -> Tensor:
-        """The pixels of patches: [B, K, embed_dim] -> [B, K, ph * pw * C]."""
-        return self.pred(self.norm(tokens))  # type: ignore[no-any-return]
 
-    def forward(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """The pixels of the hidden patches, [B, M, ph * pw * C], in the order of `hidden`."""
-        return self.predict(self.tokens(latent, visible, hidden)[:, -hidden.shape[1] :])
+def _last_tokens(block: Any, x: Tensor, count: int) -> Tensor:
+    """What a block makes of the last `count` tokens, [B, N, D] -> [B, count, D]; the others only give keys and values.
+
+    Nothing looks at the other tokens after the last block, and computing them would be a fiftieth of MAE's arithmetic.
+    """
+    attention, y, last = block.attn, block.norm1(x), x[:, -count:]
+    b, n, d = y.shape
+    heads, scale = attention.num_heads, attention.scale
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    q = F.linear(y[:, -count:], weight[:d], bias[:d]).view(b, count, heads, -1).transpose(1, 2)
+    k, v = F.linear(y, weight[d:], bias[d:]).view(b, n, 2, heads, -1).permute(2, 0, 3, 1, 4)
+    if attention.fused_attn:
+        attended = F.scaled_dot_product_attention(q, k, v)
+    else:
+        attended = ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    last = last + attention.proj(attended.transpose(1, 2).reshape(b, count, d))
+    return last + block.mlp(block.norm2(last))  # type: ignore[no-any-return]
