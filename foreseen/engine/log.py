@@ -6,6 +6,7 @@ would have written.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from foreseen.engine.objective import all_reduce_sum
 from foreseen.files import write_atomically
@@ -100,10 +102,12 @@ class RunLog:
             self.say(line)
 
     def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
-        """Log pictures, each [N, 3, H, W] uint8."""
+        """Log pictures, each [N, 3, H, W] uint8, on one sheet that is about square."""
         if self._speaks:
             for name, images in pictures.items():
-                self._writer.add_images(name, images.cpu(), step)
+                count, _, height, width = images.shape
+                columns = max(1, round(math.sqrt(count * height / width)))
+                self._writer.add_image(name, make_grid(images.cpu(), nrow=columns), step)
 
     def say(self, text: str) -> None:
         """Tell a person."""

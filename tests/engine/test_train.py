@@ -118,7 +118,8 @@ def test_the_loss_falls_and_numbers_and_pictures_are_written(small_shards: Path,
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert "loss" in events.Tags()["scalars"]
-    assert any(tag.startswith("crops") for tag in events.Tags()["images"])
+    (image, *_) = events.Images("crops")
+    assert (image.width, image.height) == (32, 32)  # eight crops of 8 pixels on a sheet of three columns, with borders
 
 
 def test_a_run_that_was_told_to_stop_goes_on_bit_for_bit(small_shards: Path, tmp_path: Path) -> None:
