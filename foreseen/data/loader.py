@@ -4,6 +4,10 @@ A loader is torch's own DataLoader over a range of micro-batch numbers; it has n
 the range elsewhere. A sample that cannot be read is replaced by rule, so no other sample moves.
 """
 
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 
@@ -167,8 +171,25 @@ def load(dataset: Dataset[Batch], numbers: range, *, workers: int, pin_memory: b
         pin_memory=pin_memory,
         multiprocessing_context=_fork_server() if workers else None,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_die_with_the_parent,
     )
     return iter(loader)
+
+
+def _die_with_the_parent(worker: int) -> None:
+    """End this worker when the process that loads from it is gone, however it went.
+
+    torch's own watchdog looks at the parent by process number, which is the fork server; and that lives as long as its
+    children. So both would stay after a SIGKILL.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_at_the_end_of, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_at_the_end_of(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _fork_server() -> BaseContext:

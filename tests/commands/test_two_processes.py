@@ -103,7 +103,7 @@ def test_two_hundred_steps_on_two_ranks_survive_kills_bit_for_bit(recipe: Recipe
         assert len(_members(killed)) > len(_members(killed, "cmdline")) >= 3  # workers; the launcher and two ranks
         for pid in _members(killed, "cmdline"):
             os.kill(pid, signal.SIGKILL)
-        job.wait(DEADLINE_S)
+        job.communicate(timeout=DEADLINE_S)
         _wait_until_gone(killed)
     assert max(_losses(killed)) < 200
     output = _finish(_launch(recipe(**common, run__dir=killed), ranks=2))
@@ -142,4 +142,4 @@ def test_a_second_process_on_the_same_folder_is_refused(recipe: Recipe, tmp_path
     assert "is in use by process" in output
     assert "Traceback" not in output
     first.kill()
-    first.wait()
+    first.communicate()
