@@ -52,6 +52,10 @@ def run(config: "Config") -> "Outcome":
         subsets = labelled_subsets(
             shards.labels, validation_fraction=data.validation_fraction, shots=data.shots, seed=data.subset_seed
         )
+        if not len(subsets.validation):
+            raise BadInput(
+                f"no class of data.path {shards.path} has two labels, so none can be set aside for validation"
+            )
         config = config.with_length(len(subsets.train))
         record_config(config, accelerator)
         num_classes = len(shards.classes) if shards.classes else int(shards.labels.max()) + 1
@@ -110,16 +114,15 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
     }
     try:
         shards = open_shards(config, config.data.test_split, accelerator)
-    except BadInput as error:
-        accelerator.print(f"no test score: {error}")
-    else:
-        judge = BatchBuilder(
-            shards, job.objective.evaluation_request(), config.seed, fast_decode=config.data.fast_decode
-        )
+        request = job.objective.evaluation_request()
+        judge = BatchBuilder(shards, request, config.seed, fast_decode=config.data.fast_decode)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         dtype = torch.float64 if config.compute.precision == "fp64" else torch.float32
         sweep = SweepDataset(judge, size, rank=rank, ranks=ranks)
         result["test"] = evaluate(job.objective, sweep, accelerator, workers=config.data.workers, dtype=dtype)
+    except BadInput as error:
+        accelerator.print(f"no test score: {error}")
+    else:
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["test"].items())
         accelerator.print(f"test split, read once, with the step that validation chose ({result['step']}): {numbers}")
     if accelerator.is_main_process:

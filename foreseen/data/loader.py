@@ -6,7 +6,9 @@ the range elsewhere. A sample that cannot be read is replaced by rule, so no oth
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
@@ -25,6 +27,7 @@ from foreseen.device_keys import as_tensor
 from foreseen.errors import BadInput
 from foreseen.keys import Keys, sample_keys, stream_constant, subkeys, uniform
 
+_SIGNALS_TO_RANKS = (signal.SIGTERM, signal.SIGUSR1)  # a rank is told to stop by these, never a worker
 _SUBSTITUTES = 20  # so many unreadable samples in a row, drawn at random, are no accident
 
 
@@ -173,7 +176,15 @@ def load(dataset: Dataset[Batch], numbers: range, *, workers: int, pin_memory: b
         prefetch_factor=4 if workers else None,
         worker_init_fn=_die_with_the_parent,
     )
-    return iter(loader)
+    return _with_plain_errors(iter(loader))
+
+
+def _with_plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except BadInput as error:
+        # From a worker it comes wrapped in the worker's traceback; the user is told the sentence.
+        raise BadInput(str(error).strip().rpartition("BadInput: ")[2]) from None
 
 
 def _die_with_the_parent(worker: int) -> None:
@@ -182,6 +193,8 @@ def _die_with_the_parent(worker: int) -> None:
     torch's own watchdog looks at the parent by process number, which is the fork server; and that lives as long as its
     children. So both would stay after a SIGKILL.
     """
+    for number in _SIGNALS_TO_RANKS:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_at_the_end_of, args=(parent.sentinel,), daemon=True).start()
@@ -195,4 +208,11 @@ def _exit_at_the_end_of(sentinel: int) -> None:
 def _fork_server() -> BaseContext:
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["foreseen.data.loader"])
+    if threading.current_thread() is threading.main_thread():
+        # Launchers signal whole groups; a rank that was told to stop still needs its workers for a few steps. What is
+        # ignored here stays ignored in the server.
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS_TO_RANKS}
+        multiprocessing.forkserver.ensure_running()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return context

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,10 +81,11 @@ class Checkpoints:
                 self._remove(final)
             os.rename(temporary, final)
             sync(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or error
             raise BadInput(
-                f"the checkpoint of step {step} cannot be written to {self.folder}: {error.strerror or error}; "
+                f"the checkpoint of step {step} cannot be written to {self.folder}: {reason}; "
                 "older checkpoints are intact, the run goes on from them once there is room"
             ) from error
         self._retain()

@@ -6,12 +6,15 @@ from accelerate import Accelerator
 from foreseen.data.loader import SweepDataset, load
 from foreseen.data.views import finish
 from foreseen.engine.objective import Objective, all_reduce_sum
+from foreseen.errors import BadInput
 
 
 def evaluate(
     objective: Objective, sweep: SweepDataset, accelerator: Accelerator, *, workers: int, dtype: torch.dtype
 ) -> dict[str, float]:  # fmt: skip
     """Mean of each number that `objective.evaluate` sums, over all samples of all ranks, and their "count".
+
+    "unreadable" says how many of them could not be read and were replaced.
 
     Args:
         objective: not wrapped; put into evaluation mode for the time.
@@ -26,8 +29,10 @@ def evaluate(
     sums: dict[str, torch.Tensor] = {}
     with torch.no_grad(), accelerator.autocast():
         for batch in load(sweep, range(len(sweep)), workers=workers, pin_memory=accelerator.device.type == "cuda"):
-            for name, value in objective.evaluate(finish(batch, request, accelerator.device, dtype)).items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=accelerator.device)) + value
+            numbers = objective.evaluate(finish(batch, request, accelerator.device, dtype))
+            for name, value in {**numbers, "unreadable": torch.tensor(len(batch.problems))}.items():
+                zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+                sums[name] = sums.get(name, zero) + value.to(accelerator.device)
     objective.train(was_training)
     return _means(sums, accelerator)
 
@@ -41,5 +46,7 @@ def _means(sums: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str,
     total = dict(
         zip(names[0], all_reduce_sum(torch.stack([sums.get(n, zero) for n in names[0]])).tolist(), strict=True)
     )
-    count = total.pop("count")
-    return {name: value / count for name, value in total.items()} | {"count": count}
+    count, unreadable = total.pop("count"), total.pop("unreadable")
+    if not count:
+        raise BadInput("none of the samples to be scored has a label")
+    return {name: value / count for name, value in total.items()} | {"count": count, "unreadable": unreadable}

@@ -168,6 +168,7 @@ class _Trainer:
                 prepared = self.job.objective.prepare([batch], progress)[0]
             self.accelerator.backward(self.model(batch, prepared, progress)["loss"] * 0.0)
             self.optimizer.optimizer.zero_grad(set_to_none=True)
+        self.problems.clear()  # of a batch that is no part of the run here
 
     def step(self, step: int, batches: Iterator[Batch]) -> Batch:
         """Make one update; returns the first micro-batch, for pictures."""
@@ -216,8 +217,8 @@ class _Trainer:
 
     def log(self, step: int, log: RunLog) -> None:
         """Write the numbers of the steps since the last line."""
+        means = self.meter.means(self.layout.ranks)  # waits for the device, so it comes before the clock is read
         elapsed_s, waited_s, samples = self.meter.elapsed_s, self.meter.waited_s, self.meter.samples
-        means = self.meter.means(self.layout.ranks)
         finite = means.pop("finite")
         means = {name: value / finite if finite else float("nan") for name, value in means.items()}
         health = {f"health/{name}": float(value) for name, value in self.job.objective.health().items()}

@@ -44,9 +44,12 @@ def check_plain_vit(model: nn.Module, name: str | None) -> VisionTransformer:
     Raises:
         BadInput: it is no plain ViT, or has no position table of its own.
     """
-    if not isinstance(model, VisionTransformer) or type(model.patch_embed) is not PatchEmbed or model.pos_embed is None:
+    plain = isinstance(model, VisionTransformer) and type(model.patch_embed) is PatchEmbed
+    pooled = getattr(model, "attn_pool", None) is not None  # would be handed on untrained
+    if not isinstance(model, VisionTransformer) or not plain or model.pos_embed is None or pooled:
         raise BadInput(
-            f"model.name {name} is no plain ViT with a position table, whose patches can be left out; "
+            f"model.name {name} is no plain ViT with a position table and without attention pooling, whose patches can "
+            "be left out; "
             "take one of timm's vit_*, deit_* or deit3_* models"
         )
     return model

@@ -113,18 +113,25 @@ def test_two_hundred_steps_on_two_ranks_survive_kills_bit_for_bit(recipe: Recipe
     _wait_until_gone(killed)
 
 
-def test_a_term_signal_saves_everywhere_and_the_run_goes_on_alone(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_term_signal_to_the_group_saves_everywhere_and_the_run_goes_on(
+    recipe: Recipe, tmp_path: Path, ranks: int
+) -> None:
     common = {
         "run__steps": 200, "run__save_every": 100, "run__log_every": 5, "optim__warmup_steps": 20,
-        "batch__global_size": 8, "batch__micro_size": 2, "data__workers": 0,
+        "batch__global_size": 32, "batch__micro_size": 2, "data__workers": 1,
     }  # fmt: skip
     folder = tmp_path / "run"
-    job = _launch(recipe(**common, run__dir=folder), ranks=1)
+    job = _launch(recipe(**common, run__dir=folder), ranks=ranks)
     _wait_for_step(folder, 10, job)
-    job.send_signal(signal.SIGTERM)
+    if ranks == 1:
+        os.killpg(job.pid, signal.SIGTERM)  # workers too, as schedulers do
+    else:
+        job.send_signal(signal.SIGTERM)  # the launcher passes it on to the group of each rank
     output, _ = job.communicate(timeout=DEADLINE_S)
-    assert job.returncode == 85, output
+    assert job.returncode == (85 if ranks == 1 else 1), output
     assert "told to stop" in output
+    assert "exited unexpectedly" not in output
     assert "going on from step" in _finish(_launch(recipe(**common, run__dir=folder), ranks=1))
 
 
