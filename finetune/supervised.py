@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from foreseen.config import Config, MethodOptions
 from foreseen.config import Views as ViewOptions
 from foreseen.data.batch import Batch
-from foreseen.data.views import Draw, Request, View, denormalise
+from foreseen.data.views import Draw, Request, View, configured_view, denormalise
 from foreseen.device_keys import subkey
 from foreseen.engine.objective import Objective, ParameterRule, Progress
 from foreseen.finetune.augment import EraseBox, RandAugment, erase
@@ -168,22 +168,15 @@ def _exact(logits: Tensor) -> Tensor:
 
 
 def _view(options: ViewOptions, preprocessing: Preprocessing) -> View:
-    mean, std = options.mean or preprocessing.mean, options.std or preprocessing.std
+    view = configured_view(options, preprocessing.mean, preprocessing.std)
     transform = None
     if options.rand_augment is not None:
-        transform = RandAugment(options.rand_augment, options.size, mean, options.interpolation)
-    return View(
-        name="image",
-        size=options.size,
-        scale=options.scale,
-        ratio=options.ratio,
-        interpolation=options.interpolation,
-        flip=options.flip,
+        transform = RandAugment(options.rand_augment, options.size, view.mean, options.interpolation)
+    return replace(
+        view,
         # As MAE evaluates: resize to 256 and cut 224 out, but see the whole side of larger inputs.
         centre_fraction=0.875 if max(options.size) <= 224 else 1.0,
         transform=transform,
-        mean=mean,
-        std=std,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foreseen.config import Config, MethodOptions, Section
 from foreseen.data.batch import Batch
-from foreseen.data.views import Request, View, denormalise
+from foreseen.data.views import Request, View, configured_view, denormalise
 from foreseen.device_keys import keyed_permutation, subkey
 from foreseen.engine.objective import Objective, Progress
 from foreseen.errors import BadInput
@@ -93,17 +93,7 @@ class MAE(Objective):
         options = config.method
         assert isinstance(options, MAEOptions)
         encoder = create_encoder(config.model, img_size=config.views.size)
-        views = config.views
-        view = View(
-            name="image",
-            size=views.size,
-            scale=views.scale,
-            ratio=views.ratio,
-            interpolation=views.interpolation,
-            flip=views.flip,
-            mean=views.mean or encoder.preprocessing.mean,
-            std=views.std or encoder.preprocessing.std,
-        )
+        view = configured_view(config.views, encoder.preprocessing.mean, encoder.preprocessing.std)
         objective = cls(check_plain_vit(encoder.model, config.model.name), options, view)
         initialise(objective.decoder)
         if config.model.init_from is None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from foreseen.config import Views as ViewOptions
 from foreseen.data.batch import Batch
 from foreseen.device_keys import library_generators_seeded
 from foreseen.keys import Keys, subkeys, uniform
@@ -66,6 +67,25 @@ class View:
     transform: Transform | None = None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+
+def configured_view(options: ViewOptions, mean: tuple[float, ...], std: tuple[float, ...]) -> View:
+    """The random crop, named "image", that a config's `views` section asks for.
+
+    Args:
+        options: the section; its own mean and std win.
+        mean, std: of the encoder, where the section leaves them out.
+    """
+    return View(
+        name="image",
+        size=options.size,
+        scale=options.scale,
+        ratio=options.ratio,
+        interpolation=options.interpolation,
+        flip=options.flip,
+        mean=options.mean or mean,
+        std=options.std or std,
+    )
 
 
 @dataclass(frozen=True)
