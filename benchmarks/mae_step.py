@@ -21,7 +21,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from foreseen.config import load
+from foreseen.commands.verbs import load_recipe
 from foreseen.data.batch import Batch
 from foreseen.engine.launch import allow_fast_fp32, choose_attention
 from foreseen.engine.objective import Progress
@@ -53,9 +53,8 @@ def _training_step(model: nn.Module, loss: Callable[[], Tensor], precision: str,
 
 def ours(name: str, images: Tensor, precision: str) -> Step:
     """The class and the optimizer that the recipe trains with."""
-    options = {key: method.options for key, method in METHODS.items()}
     overrides = ["data.path=unused", f"batch.global_size={len(images)}", "optim.warmup_epochs=null"]
-    config = load("pretrain", "mae_vit_b16", [*overrides, f"model.name={name}", "run.steps=1000000"], options)
+    config = load_recipe("pretrain", "mae_vit_b16", [*overrides, f"model.name={name}", "run.steps=1000000"])
     objective = METHODS["mae"].build(config).to(images.device)
     choose_attention(objective, images.device)
     rules = objective.parameter_rules(None)

@@ -4,19 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from foreseen.config import RECIPES, Config, load, recipe_names
+from foreseen.commands.verbs import VERBS, load_recipe, method_options
+from foreseen.config import RECIPES, Config, recipe_names
 from foreseen.errors import BadInput
-from foreseen.finetune.methods import METHODS as FINETUNING
-from foreseen.pretrain.methods import METHODS as PRETRAINING
-
-OPTIONS = {
-    "pretrain": {name: method.options for name, method in PRETRAINING.items()},
-    "finetune": {name: method.options for name, method in FINETUNING.items()},
-}
 
 
 def _load(*overrides: str) -> Config:
-    return load("pretrain", "mae_vit_b16", overrides, OPTIONS["pretrain"])
+    return load_recipe("pretrain", "mae_vit_b16", overrides)
 
 
 @pytest.mark.parametrize(
@@ -60,21 +54,21 @@ def test_an_option_of_another_method_is_named_as_such() -> None:
         "batch": {"global_size": 4},
     }
     with pytest.raises(BadInput, match=r"'method.out_dim' is an option of other, not of the method chosen"):
-        resolve(raw, {**OPTIONS["pretrain"], "other": Other})
+        resolve(raw, {**method_options("pretrain"), "other": Other})
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(BadInput, match=r"no pretrain recipe 'mae_vit_b15' .*'mae_vit_b16'"):
-        load("pretrain", "mae_vit_b15", [], OPTIONS["pretrain"])
+        load_recipe("pretrain", "mae_vit_b15", [])
     with pytest.raises(BadInput, match=r"no recipe file nowhere\.yaml"):
-        load("pretrain", "nowhere.yaml", [], OPTIONS["pretrain"])
+        load_recipe("pretrain", "nowhere.yaml", [])
 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
     assert _load("optim.base_lr=1e-3").optim.base_lr == 1e-3
     recipe = tmp_path / "mine.yaml"
     recipe.write_text((RECIPES / "pretrain/mae_vit_b16.yaml").read_text(encoding="utf-8").replace("1.5e-4", "3e-4"))
-    assert load("pretrain", str(recipe), [], OPTIONS["pretrain"]).optim.base_lr == 3e-4
+    assert load_recipe("pretrain", str(recipe), []).optim.base_lr == 3e-4
 
 
 def test_epochs_and_steps_are_both_shown_once_the_data_is_known(tmp_path: Path) -> None:
@@ -83,7 +77,7 @@ def test_epochs_and_steps_are_both_shown_once_the_data_is_known(tmp_path: Path) 
     assert (config.optim.warmup_steps, config.optim.warmup_epochs) == (40, 2)
     path = tmp_path / "resolved.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
-    assert load("pretrain", str(path), [], OPTIONS["pretrain"]).model_dump() == config.model_dump()
+    assert load_recipe("pretrain", str(path), []).model_dump() == config.model_dump()
 
 
 def test_a_warmup_longer_than_the_run_is_refused() -> None:
@@ -91,9 +85,9 @@ def test_a_warmup_longer_than_the_run_is_refused() -> None:
         _load("run.epochs=10", "optim.warmup_epochs=10", "batch.global_size=50").with_length(1000)
 
 
-@pytest.mark.parametrize(("verb", "name"), [(verb, name) for verb in OPTIONS for name in recipe_names(verb)])
+@pytest.mark.parametrize(("verb", "name"), [(verb, name) for verb in VERBS for name in recipe_names(verb)])
 def test_every_shipped_recipe_is_valid_and_says_what_it_does(verb: str, name: str) -> None:
-    load(verb, name, [], OPTIONS[verb])
+    load_recipe(verb, name)
     text = (RECIPES / verb / f"{name}.yaml").read_text(encoding="utf-8")
     head = [line for line in text.splitlines() if line.startswith("#")]
     assert any(f"foreseen {verb} {name}" in line for line in head), "the head shows the command"

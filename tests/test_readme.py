@@ -9,15 +9,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from foreseen import cli
-from foreseen.config import load
-from foreseen.finetune.methods import METHODS as FINETUNING
-from foreseen.pretrain.methods import METHODS as PRETRAINING
+from foreseen.commands.verbs import VERBS, load_recipe
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = {
-    "pretrain": {name: method.options for name, method in PRETRAINING.items()},
-    "finetune": {name: method.options for name, method in FINETUNING.items()},
-}
 
 
 def _commands() -> list[str]:
@@ -40,8 +34,8 @@ def _commands() -> list[str]:
 @pytest.mark.parametrize("command", _commands())
 def test_a_command_of_the_documentation_is_valid(command: str) -> None:
     _, verb, *arguments = shlex.split(command)
-    if verb in OPTIONS:
-        load(verb, arguments[0], arguments[1:], OPTIONS[verb])
+    if verb in VERBS:
+        load_recipe(verb, arguments[0], arguments[1:])
     elif verb == "data":
         known = CliRunner().invoke(cli.app, ["data", arguments[0], "--help"])
         assert known.exit_code == 0

@@ -18,14 +18,9 @@ def finetune(
     ] = None,
 ) -> None:
     """Fine-tune on labels; choices are made on a validation split cut from train, test is read once at the end."""
-    from foreseen.config import load
-    from foreseen.engine.preempt import EXIT_PREEMPTED
-    from foreseen.finetune.methods import METHODS
+    from foreseen.commands.verbs import leave, load_recipe
 
-    options = {name: method.options for name, method in METHODS.items()}
-    outcome = run(load("finetune", recipe, overrides or [], options))
-    if outcome.preempted:
-        raise typer.Exit(EXIT_PREEMPTED)
+    leave(run(load_recipe("finetune", recipe, overrides or [])))
 
 
 def run(config: "Config") -> "Outcome":

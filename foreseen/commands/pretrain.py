@@ -14,14 +14,9 @@ def pretrain(
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides, such as optim.base_lr=1e-3.")] = None,
 ) -> None:
     """Pretrain a backbone; goes on by itself when the run folder holds a checkpoint."""
-    from foreseen.config import load
-    from foreseen.engine.preempt import EXIT_PREEMPTED
-    from foreseen.pretrain.methods import METHODS
+    from foreseen.commands.verbs import leave, load_recipe
 
-    options = {name: method.options for name, method in METHODS.items()}
-    outcome = run(load("pretrain", recipe, overrides or [], options))
-    if outcome.preempted:
-        raise typer.Exit(EXIT_PREEMPTED)
+    leave(run(load_recipe("pretrain", recipe, overrides or [])))
 
 
 def run(config: "Config") -> "Outcome":

@@ -1,12 +1,9 @@
 """`foreseen quickstart`: the whole life on a laptop, in minutes and without a download."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from foreseen.engine.train import Outcome
 
 
 def quickstart(
@@ -17,17 +14,13 @@ def quickstart(
     import os
 
     from foreseen.commands import finetune, pretrain
-    from foreseen.config import load
+    from foreseen.commands.verbs import leave, load_recipe
     from foreseen.errors import BadInput
-    from foreseen.finetune.methods import METHODS as FINETUNING
-    from foreseen.pretrain.methods import METHODS as PRETRAINING
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadInput("quickstart runs several jobs in one process; start it with plain `foreseen quickstart`")
-    pretraining = {name: method.options for name, method in PRETRAINING.items()}
-    finetuning = {name: method.options for name, method in FINETUNING.items()}
     print("1. Pretrain a tiny ViT on 6,000 unlabelled pictures (MAE).")
-    _go_on(pretrain.run(load("pretrain", "mae_cpu_minutes", [f"run.dir={out / 'pretrain'}"], pretraining)))
+    leave(pretrain.run(load_recipe("pretrain", "mae_cpu_minutes", [f"run.dir={out / 'pretrain'}"])))
     print("2. Fine-tune it on 10 labelled pictures a class, and the same ViT from scratch on the same labels.")
     encoder = out / "pretrain" / "encoder"
     jobs = {
@@ -37,7 +30,7 @@ def quickstart(
     scores = {}
     for name, (recipe, overrides) in jobs.items():
         folder = out / name.replace(" ", "_")
-        _go_on(finetune.run(load("finetune", recipe, [f"run.dir={folder}", *overrides], finetuning)))
+        leave(finetune.run(load_recipe("finetune", recipe, [f"run.dir={folder}", *overrides])))
         scores[name] = json.loads((folder / "result.json").read_text(encoding="utf-8"))["test"]["top1"]
     gain = 100 * (scores["pretrained"] - scores["from scratch"])
     verdict = (
@@ -48,10 +41,3 @@ def quickstart(
         print(f"  {name:14} {score:6.1%} top-1 on the test split")
     print(f"{verdict}: one seed and one learning rate a side, so take it as a hint.")
     print(f"Look at the reconstructions: tensorboard --logdir {out}")
-
-
-def _go_on(outcome: "Outcome") -> None:
-    from foreseen.engine.preempt import EXIT_PREEMPTED
-
-    if outcome.preempted:
-        raise typer.Exit(EXIT_PREEMPTED)

@@ -20,7 +20,7 @@ _PROCEDURAL_TRAIN, _PROCEDURAL_TEST = 6000, 1200
 
 @contextmanager
 def session(config: Config) -> Iterator[tuple[Accelerator, Say]]:
-    """Join the launcher's job and hold the run folder for it.
+    """Join the launcher's job and hold the run folder for it; several sessions may follow one another in a process.
 
     Weights are drawn inside, from the global generator seeded here; after that nothing may draw from it.
     """
@@ -33,8 +33,7 @@ def session(config: Config) -> Iterator[tuple[Accelerator, Say]]:
             record_start(config.run.dir, describe_start(describe_devices(accelerator)))
         torch.manual_seed(config.seed)
         yield accelerator, accelerator.print
-    if accelerator.num_processes > 1:
-        accelerator.end_training()
+        accelerator.wait_for_everyone()
 
 
 def record_config(config: Config, accelerator: Accelerator) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from foreseen.commands.verbs import method_options
 from foreseen.config import RECIPES, load, resolve
 from foreseen.data.batch import Batch
 from foreseen.data.views import finish
@@ -18,7 +19,7 @@ from foreseen.models.initialise import initialise
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
 
-OPTIONS = {name: method.options for name, method in METHODS.items()}
+OPTIONS = method_options("finetune")
 TINY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5.0, seed=0)
 PLAIN = {"mixup": 0.0, "cutmix": 0.0}

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import Tensor
 
+from foreseen.commands.verbs import method_options
 from foreseen.config import Config, load
 from foreseen.data.batch import Batch
 from foreseen.engine.objective import Progress
@@ -14,10 +15,9 @@ from foreseen.errors import BadInput
 from foreseen.models.masked_vit import patchify, unpatchify
 from foreseen.models.sincos import sincos_table
 from foreseen.pretrain.mae import MAE, from_official, visible_count
-from foreseen.pretrain.methods import METHODS
 from tests.golden_cases import load_case
 
-OPTIONS = {name: method.options for name, method in METHODS.items()}
+OPTIONS = method_options("pretrain")
 PROGRESS = Progress(0, 10, 5.0, 0)
 
 

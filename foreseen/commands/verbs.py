@@ -1,0 +1,42 @@
+"""Recipes of every verb, read with the options of the methods that the verb knows."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from foreseen.config import Config, MethodOptions
+    from foreseen.engine.train import Outcome
+
+Verb = Literal["pretrain", "finetune"]
+VERBS: tuple[Verb, ...] = ("pretrain", "finetune")
+
+
+def method_options(verb: Verb) -> "dict[str, type[MethodOptions]]":
+    """The options class of each method of a verb, by the method's name."""
+    if verb == "pretrain":
+        from foreseen.pretrain.methods import METHODS as pretraining
+
+        return {name: method.options for name, method in pretraining.items()}
+    from foreseen.finetune.methods import METHODS as finetuning
+
+    return {name: method.options for name, method in finetuning.items()}
+
+
+def load_recipe(verb: Verb, recipe: str, overrides: Sequence[str] = ()) -> "Config":
+    """Read a recipe of a verb; see `foreseen.config.load`."""
+    from foreseen.config import load
+
+    return load(verb, recipe, overrides, method_options(verb))
+
+
+def leave(outcome: "Outcome") -> None:
+    """End a command: out of the launcher's job, with the exit code of a run that was told to stop if this one was."""
+    import torch.distributed as dist
+    import typer
+
+    from foreseen.engine.preempt import EXIT_PREEMPTED
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    if outcome.preempted:
+        raise typer.Exit(EXIT_PREEMPTED)
