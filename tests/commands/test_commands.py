@@ -1,6 +1,7 @@
 """The commands as a user meets them: one process, real shards, small models."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from foreseen import cli
+from foreseen.commands.verbs import Verb, load_recipe
 from foreseen.config import recipe_names
 
 Recipe = Callable[..., list[str]]
@@ -21,18 +23,28 @@ def _foreseen(*arguments: str) -> str:
     return result.output
 
 
+def _small(recipe: Recipe, verb: Verb, name: str, **more: object) -> tuple[list[str], int]:
+    """Two steps of a recipe with only its width, depth, image size and batch changed; and its size: 4 × 4 patches."""
+    model = load_recipe(verb, name).model
+    named = re.search(r"patch(\d+)", model.name or "")
+    assert named
+    size = 4 * int(model.args.get("patch_size", named[1]))
+    overrides = recipe(
+        run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,
+        views__size=size, model__args="{embed_dim: 48, depth: 2, num_heads: 3}", **more,
+    )  # fmt: skip
+    return overrides, size
+
+
 @pytest.mark.parametrize("name", recipe_names("pretrain"))
 def test_every_pretraining_recipe_runs_and_ends_in_a_folder_that_timm_loads(
     name: str, recipe: Recipe, tmp_path: Path
 ) -> None:
-    small = recipe(
-        run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,
-        method__decoder="{embed_dim: 32, depth: 1, num_heads: 2}",
-    )  # fmt: skip
+    small, size = _small(recipe, "pretrain", name, method__decoder="{embed_dim: 32, depth: 1, num_heads: 2}")
     output = _foreseen("pretrain", name, *small)
     assert "step 2/2" in output
     model = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 48)
+    assert model(torch.zeros(1, 3, size, size)).shape == (1, 48)
     assert json.loads((tmp_path / "run/encoder/lineage.json").read_text(encoding="utf-8"))["steps"] == 2
     assert len(json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))["starts"]) == 1
 
@@ -41,17 +53,14 @@ def test_every_pretraining_recipe_runs_and_ends_in_a_folder_that_timm_loads(
 def test_every_finetuning_recipe_runs_from_scratch_and_scores_the_test_split(
     name: str, recipe: Recipe, tmp_path: Path
 ) -> None:
-    small = recipe(
-        run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,
-        data__shots=4, model__init_from="null", model__name="vit_tiny_patch16_224",
-    )  # fmt: skip
+    small, size = _small(recipe, "finetune", name, data__shots=4, model__init_from="null")
     _foreseen("finetune", name, *small)
     result = json.loads((tmp_path / "run/result.json").read_text(encoding="utf-8"))
     assert result["training_samples"] == 12
     assert result["test"]["count"] == 37
     assert 0 <= result["test"]["top1"] <= result["test"]["top5"] <= 1
     model = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    assert model(torch.zeros(1, 3, size, size)).shape == (1, 3)
 
 
 def test_an_encoder_goes_on_into_finetuning_and_the_table(recipe: Recipe, tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""The published recipes at full size: as many weights, the learning rates and the layer decay that the papers state."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from foreseen.commands.verbs import load_recipe
+from foreseen.engine.schedule import scaled_lr
+from foreseen.finetune.supervised import Supervised
+from foreseen.pretrain.mae import MAE
+
+CLASSES = 1000
+DECODER_DIM, DECODER_DEPTH = 512, 8
+
+
+@dataclass(frozen=True)
+class ViT:
+    """A ViT as Dosovitskiy et al. 2021, arXiv:2010.11929, table 1 has it, and its weights without a head."""
+
+    width: int
+    depth: int
+    patch: int
+    weights: int  # of timm's model without a head, whose 1000-class ones have 86.57, 304.33 and 632.05 million
+
+
+VITS = {
+    "b16": ViT(768, 12, 16, 85_798_656),
+    "l16": ViT(1024, 24, 16, 303_301_632),
+    "h14": ViT(1280, 32, 14, 630_764_800),
+}
+# Weights of the authors' masked autoencoders, with both position tables, as their script prints a model's size.
+AUTHORS_MAE = {"b16": 111_907_840, "l16": 329_541_888, "h14": 657_074_508}
+# facebookresearch/mae, FINETUNE.md: lr at a batch of 1024, layer decay, drop path, epochs.
+FINETUNING = {"b16": (2e-3, 0.65, 0.1, 100), "l16": (4e-3, 0.75, 0.2, 50), "h14": (4e-3, 0.75, 0.3, 50)}
+
+
+def _block(width: int) -> int:
+    """Weights of a block: qkv, projection and an MLP four times as wide, their biases, and two norms."""
+    return 12 * width**2 + 13 * width
+
+
+def _tokens(patch: int) -> int:
+    return (224 // patch) ** 2 + 1
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_a_vit_has_the_weights_that_arithmetic_gives(name: str) -> None:
+    vit = VITS[name]
+    embedding = 3 * vit.patch**2 * vit.width + vit.width
+    tokens = vit.width + _tokens(vit.patch) * vit.width
+    assert embedding + tokens + vit.depth * _block(vit.width) + 2 * vit.width == vit.weights
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_the_published_pretraining_is_built_at_full_size(name: str) -> None:
+    config = load_recipe("pretrain", f"mae_vit_{name}")
+    with torch.device("meta"):
+        objective = MAE.build(config)
+    vit = VITS[name]
+    assert sum(parameter.numel() for parameter in objective.vit.parameters()) == vit.weights
+    # Their decoder's table has a row for the CLS token, which is zero; ours is a buffer without it.
+    table = _tokens(vit.patch) * DECODER_DIM
+    weights = sum(parameter.numel() for parameter in objective.parameters())
+    assert weights + table == AUTHORS_MAE[name]
+    assert len(objective.decoder.blocks) == DECODER_DEPTH
+    assert objective.num_visible == (_tokens(vit.patch) - 1) // 4
+    optim = config.optim
+    peak = scaled_lr(optim.base_lr, optim.lr_scaling, config.batch.global_size, optim.lr_reference_batch)
+    assert (config.batch.global_size, config.run.epochs, optim.warmup_epochs) == (4096, 800, 40)
+    assert peak == pytest.approx(2.4e-3)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_the_published_finetuning_is_built_at_full_size(name: str) -> None:
+    lr, decay, drop_path, epochs = FINETUNING[name]
+    config = load_recipe("finetune", f"vit_{name}_mae", ["model.init_from=null"])
+    with torch.device("meta"):
+        objective = Supervised.build(config, CLASSES)
+    vit = VITS[name]
+    # `fc_norm` takes the place of `norm`; the head is new.
+    weights = {name: parameter.numel() for name, parameter in objective.named_parameters()}
+    assert sum(weights.values()) == vit.weights + CLASSES * (vit.width + 1)
+    optim = config.optim
+    peak = scaled_lr(optim.base_lr, optim.lr_scaling, config.batch.global_size, optim.lr_reference_batch)
+    assert (config.batch.global_size, config.run.epochs, optim.warmup_epochs) == (1024, epochs, 5)
+    assert peak == pytest.approx(lr)
+    assert (optim.layer_decay, config.model.drop_path_rate) == (decay, drop_path)
+
+    rules = objective.parameter_rules(optim.layer_decay)
+    assert rules.keys() == weights.keys()
+    layers = {"model.patch_embed.proj.weight": 0, "model.cls_token": 0, "model.pos_embed": 0}
+    layers |= {f"model.blocks.{block}.attn.qkv.weight": block + 1 for block in range(vit.depth)}
+    layers |= {
+        "model.fc_norm.weight": vit.depth + 1,
+        "model.head.weight": vit.depth + 1,
+        "model.head.bias": vit.depth + 1,
+    }
+    for weight, layer in layers.items():
+        assert rules[weight].lr_scale == pytest.approx(decay ** (vit.depth + 1 - layer)), weight
+    undecayed = {weight for weight, rule in rules.items() if not rule.decay}
+    assert {"model.cls_token", "model.pos_embed"} <= undecayed
+    assert undecayed == {n for n, p in objective.named_parameters() if p.ndim == 1} | {
+        "model.cls_token",
+        "model.pos_embed",
+    }
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_the_published_finetuning_begins_from_the_published_pretraining(name: str) -> None:
+    pretraining, finetuning = load_recipe("pretrain", f"mae_vit_{name}"), load_recipe("finetune", f"vit_{name}_mae")
+    assert finetuning.model.init_from == f"{pretraining.run.dir}/encoder"
+    assert (finetuning.model.name, finetuning.views.size) == (pretraining.model.name, pretraining.views.size)
