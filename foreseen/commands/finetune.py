@@ -16,11 +16,35 @@ def finetune(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Dotted overrides, such as model.init_from=runs/mae/encoder.")
     ] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Compare the encoder with scratch at its best, over seeds.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="With --controls: pairs of runs, from the recipe's seed on.")] = 5,
+    jobs: Annotated[int, typer.Option(help="With --controls: runs side by side, in a process each.")] = 1,
 ) -> None:
-    """Fine-tune on labels; choices are made on a validation split cut from train, test is read once at the end."""
+    """Fine-tune on labels; choices are made on a validation split cut from train, test is read once at the end.
+
+    With --controls the run folder holds one run for each side and seed, and controls.json, which also goes into the
+    model card of the encoder. Finished runs are not made again.
+    """
     from foreseen.commands.verbs import leave, load_recipe
 
-    leave(run(load_recipe("finetune", recipe, overrides or [])))
+    config = load_recipe("finetune", recipe, overrides or [])
+    leave(_compare(config, seeds, jobs) if controls else run(config).preempted)
+
+
+def _compare(config: "Config", seeds: int, processes: int) -> bool:
+    """Whether it was told to stop."""
+    from foreseen.commands.controls import run_controls
+    from foreseen.commands.jobs import Jobs, Preempted, say
+
+    try:
+        with Jobs(processes) as jobs:
+            say(run_controls(config, jobs, seeds=seeds))
+    except Preempted as stopped:
+        say(f"{stopped}; the same command goes on from there")
+        return True
+    return False
 
 
 def run(config: "Config") -> "Outcome":
@@ -114,6 +138,7 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
         ranks, rank = accelerator.num_processes, accelerator.process_index
         dtype = torch.float64 if config.compute.precision == "fp64" else torch.float32
         sweep = SweepDataset(judge, size, rank=rank, ranks=ranks)
+        result["test_data"] = shards.fingerprint
         result["test"] = evaluate(job.objective, sweep, accelerator, workers=config.data.workers, dtype=dtype)
     except BadInput as error:
         accelerator.print(f"no test score: {error}")

@@ -16,7 +16,7 @@ def pretrain(
     """Pretrain a backbone; goes on by itself when the run folder holds a checkpoint."""
     from foreseen.commands.verbs import leave, load_recipe
 
-    leave(run(load_recipe("pretrain", recipe, overrides or [])))
+    leave(run(load_recipe("pretrain", recipe, overrides or [])).preempted)
 
 
 def run(config: "Config") -> "Outcome":

@@ -1,43 +1,132 @@
 """`foreseen quickstart`: the whole life on a laptop, in minutes and without a download."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from foreseen.commands.controls import Plan
+    from foreseen.commands.jobs import Jobs
+    from foreseen.config import Config
+
+TRAIN, TEST, SIZE_PX = 6000, 1200, 48
+SEEDS = 5
+_RECIPE = "{}_cpu_minutes"
+
 
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("quickstart"),
+    out: Annotated[Path, typer.Option(help="Folder of the pictures, the runs and summary.html.")] = Path("quickstart"),
+    method: Annotated[str, typer.Option(help="A pretraining method with a recipe METHOD_cpu_minutes.")] = "mae",
+    seed: Annotated[int, typer.Option(help="Of pretraining, and the first of five of fine-tuning.")] = 0,
 ) -> None:
-    """Draw procedural pets, pretrain on them, fine-tune on a few labels, and compare with scratch."""
-    import json
-    import os
+    """Draw procedural pets, pretrain, probe, fine-tune on few labels against scratch, and make a page of it.
 
-    from foreseen.commands import finetune, pretrain
-    from foreseen.commands.verbs import leave, load_recipe
+    Killed, it goes on when the same command is given again.
+    """
+    import os
+    import time
+
+    from foreseen.commands import controls
+    from foreseen.commands.jobs import Jobs, Preempted
+    from foreseen.commands.summary_page import write_page
+    from foreseen.commands.verbs import leave
+    from foreseen.data.pack import count_cpus
     from foreseen.errors import BadInput
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInput("quickstart runs several jobs in one process; start it with plain `foreseen quickstart`")
-    print("1. Pretrain a tiny ViT on 6,000 unlabelled pictures (MAE).")
-    leave(pretrain.run(load_recipe("pretrain", "mae_cpu_minutes", [f"run.dir={out / 'pretrain'}"])))
-    print("2. Fine-tune it on 10 labelled pictures a class, and the same ViT from scratch on the same labels.")
-    encoder = out / "pretrain" / "encoder"
-    jobs = {
-        "pretrained": ("cpu_minutes", [f"model.init_from={encoder}"]),
-        "from scratch": ("cpu_minutes_scratch", []),
-    }
-    scores = {}
-    for name, (recipe, overrides) in jobs.items():
-        folder = out / name.replace(" ", "_")
-        leave(finetune.run(load_recipe("finetune", recipe, [f"run.dir={folder}", *overrides])))
-        scores[name] = json.loads((folder / "result.json").read_text(encoding="utf-8"))["test"]["top1"]
-    gain = 100 * (scores["pretrained"] - scores["from scratch"])
-    verdict = (
-        f"pretraining helped by {gain:.1f} points" if gain > 0 else f"pretraining did not help ({gain:.1f} points)"
+        raise BadInput("quickstart starts its own processes; run it as plain `foreseen quickstart`")
+    began = time.monotonic()
+    pretraining, finetuning = configs(out, method, seed)
+    _draw(out / "shards")
+    plan = controls.make_plan(finetuning, seeds=SEEDS, tuning_seeds=1, triple_seeds=1)
+    try:
+        with Jobs(min(2, count_cpus())) as jobs:
+            report = _live(jobs, pretraining, plan)
+    except Preempted as stopped:
+        print(f"{stopped}; the same command goes on from there")
+        return leave(preempted=True)
+    page = write_page(out, pretraining, plan, [])
+    print(f"\n{report}\n")
+    print(f"The page of it, with pictures: {page}   ({time.monotonic() - began:.0f} s)")
+    print(f"Everything in TensorBoard: tensorboard --logdir {out}")
+
+
+def configs(out: Path, method: str, seed: int) -> "tuple[Config, Config]":
+    """The jobs of a quickstart: pretraining, and the fine-tuning that it is judged by."""
+    from foreseen.commands.verbs import load_recipe, method_options
+    from foreseen.config import recipe_names
+    from foreseen.data.views import IMAGENET_MEAN, IMAGENET_STD
+    from foreseen.errors import BadInput
+
+    known = [name for name in method_options("pretrain") if _RECIPE.format(name) in recipe_names("pretrain")]
+    if method not in known:
+        raise BadInput(f"--method {method} has no recipe for minutes on a CPU; there are {', '.join(known)}")
+    common = [f"data.path={out / 'shards'}", "data.workers=0", f"seed={seed}"]
+    pretraining = load_recipe(
+        "pretrain", _RECIPE.format(method), [*common, f"run.dir={out / 'pretrain'}", "run.log_every=250"]
     )
-    print()
-    for name, score in scores.items():
-        print(f"  {name:14} {score:6.1%} top-1 on the test split")
-    print(f"{verdict}: one seed and one learning rate a side, so take it as a hint.")
-    print(f"Look at the reconstructions: tensorboard --logdir {out}")
+    finetuning = load_recipe(
+        "finetune",
+        "cpu_minutes",
+        [*common, f"run.dir={out / 'finetune'}", f"model.init_from={out / 'pretrain' / 'encoder'}"],
+    )
+    # Scratch runs before there is an encoder to take these from.
+    views, model = pretraining.views, pretraining.model
+    shared = {"mean": views.mean or IMAGENET_MEAN, "std": views.std or IMAGENET_STD}
+    return pretraining, finetuning.model_copy(
+        update={
+            "views": finetuning.views.model_copy(update=shared),
+            "model": finetuning.model.model_copy(update={"name": model.name, "args": model.args}),
+        }
+    )
+
+
+def _draw(shards: Path) -> None:
+    from foreseen.data.procedural import write_procedural_pets
+
+    if (shards / "manifest.json").is_file():
+        return
+    print(f"1. Draw {TRAIN:,} cartoon pets of twelve breeds, and {TEST:,} for the test, into {shards}.", flush=True)
+    write_procedural_pets(shards, train=TRAIN, test=TEST, size=SIZE_PX)
+
+
+def _live(jobs: "Jobs", pretraining: "Config", plan: "Plan") -> str:
+    from foreseen.commands import controls
+    from foreseen.handoff.encoder import load_encoder
+
+    method, shots = pretraining.method.name, plan.pretrained.config.data.shots
+    print(f"2. Pretrain a tiny ViT on them without labels ({method}). Beside it, the same ViT learns from scratch")
+    print(f"   on {shots} labels a breed, by four recipes, of which validation chooses one.", flush=True)
+    pretrained = jobs.submit("pretrain", pretraining)
+    tell = _teller(pretraining)
+    controls.make_runs(jobs, plan.tuning(), look=tell)
+    chosen = plan.chosen()
+    print(f"   Chosen: {chosen.title}. Now the other seeds of it, and one with three times the passes.")
+    left = controls.submit(jobs, plan.remaining_scratch(chosen))
+    list(jobs.wait([pretrained], look=tell))
+    print("3. Fine-tune the pretrained ViT on the same labels.", flush=True)
+    controls.claim_folder(plan.pretrained.config)
+    left |= controls.submit(jobs, plan.treated())
+    controls.finish(jobs, left)
+    return controls.conclude(plan, chosen, load_encoder(pretraining.run.dir / "encoder").lineage)
+
+
+def _teller(config: "Config") -> Callable[[], None]:
+    """Repeats what a run in another process writes to its log."""
+    from foreseen.commands.jobs import LOG
+
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        log = config.run.dir / LOG
+        if log.is_file():
+            lines = log.read_text(encoding="utf-8").split("\n")[:-1]
+            for line in lines[told:]:
+                if line.startswith("step"):
+                    print(f"   pretraining {line}", flush=True)
+            told = len(lines)
+
+    return tell

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from foreseen.config import Config, MethodOptions
-    from foreseen.engine.train import Outcome
 
 Verb = Literal["pretrain", "finetune"]
 VERBS: tuple[Verb, ...] = ("pretrain", "finetune")
@@ -29,8 +28,8 @@ def load_recipe(verb: Verb, recipe: str, overrides: Sequence[str] = ()) -> "Conf
     return load(verb, recipe, overrides, method_options(verb))
 
 
-def leave(outcome: "Outcome") -> None:
-    """End a command: out of the launcher's job, with the exit code of a run that was told to stop if this one was."""
+def leave(preempted: bool) -> None:
+    """End a command: out of the launcher's job, with the exit code of one that was told to stop if this one was."""
     import torch.distributed as dist
     import typer
 
@@ -38,5 +37,5 @@ def leave(outcome: "Outcome") -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    if outcome.preempted:
+    if preempted:
         raise typer.Exit(EXIT_PREEMPTED)

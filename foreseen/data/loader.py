@@ -4,10 +4,7 @@ A loader is torch's own DataLoader over a range of micro-batch numbers; it has n
 the range elsewhere. A sample that cannot be read is replaced by rule, so no other sample moves.
 """
 
-import multiprocessing
-import multiprocessing.connection
 import multiprocessing.forkserver
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -26,6 +23,7 @@ from foreseen.data.views import Request, ViewCutter
 from foreseen.device_keys import as_tensor
 from foreseen.errors import BadInput
 from foreseen.keys import Keys, sample_keys, stream_constant, subkeys, uniform
+from foreseen.processes import exit_with_the_parent
 
 _SIGNALS_TO_RANKS = (signal.SIGTERM, signal.SIGUSR1)  # a rank is told to stop by these, never a worker
 _SUBSTITUTES = 20  # so many unreadable samples in a row, drawn at random, are no accident
@@ -174,7 +172,7 @@ def load(dataset: Dataset[Batch], numbers: range, *, workers: int, pin_memory: b
         pin_memory=pin_memory,
         multiprocessing_context=_fork_server() if workers else None,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_die_with_the_parent,
+        worker_init_fn=_start_worker,
     )
     return _with_plain_errors(iter(loader))
 
@@ -187,22 +185,10 @@ def _with_plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
         raise BadInput(str(error).strip().rpartition("BadInput: ")[2]) from None
 
 
-def _die_with_the_parent(worker: int) -> None:
-    """End this worker when the process that loads from it is gone, however it went.
-
-    torch's own watchdog looks at the parent by process number, which is the fork server; and that lives as long as its
-    children. So both would stay after a SIGKILL.
-    """
+def _start_worker(worker: int) -> None:
     for number in _SIGNALS_TO_RANKS:
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_at_the_end_of, args=(parent.sentinel,), daemon=True).start()
-
-
-def _exit_at_the_end_of(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
+    exit_with_the_parent()  # torch's own watchdog sees only the fork server
 
 
 def _fork_server() -> BaseContext:

@@ -31,14 +31,7 @@ def check_same_run(config: Config, shards: ShardSet, state: dict[str, Any]) -> N
     Raises:
         BadInput: names the keys that differ, or the data.
     """
-    then, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
-    changed = [key for key in sorted(then.keys() | now.keys()) if key not in _FREE and then.get(key) != now.get(key)]
-    if changed:
-        differences = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed)
-        raise BadInput(
-            f"run.dir {config.run.dir} holds a checkpoint of another job ({differences}); "
-            "take another run.dir, or set these keys back"
-        )
+    check_same_config(config, state["config"])
     if state["dataset_fingerprint"] != shards.fingerprint:
         raise BadInput(
             f"the shards of split {shards.split!r} in data.path {shards.path} changed since the checkpoint at sample "
@@ -48,6 +41,27 @@ def check_same_run(config: Config, shards: ShardSet, state: dict[str, Any]) -> N
         raise BadInput(
             f"run.dir {config.run.dir} was begun with order version {state['order_version']}, this program has "
             f"{ORDER_VERSION}; go on with the older program, or take another run.dir"
+        )
+
+
+def check_same_config(config: Config, then: dict[str, Any]) -> None:
+    """Refuse a run folder that a job with another result was begun in.
+
+    Args:
+        config: of this start, its length resolved.
+        then: the resolved config of that job, as plain values.
+
+    Raises:
+        BadInput: names the keys that differ.
+    """
+    before, now = _flat(then), _flat(config.model_dump(mode="json"))
+    keys = sorted(before.keys() | now.keys())
+    changed = [key for key in keys if key not in _FREE and before.get(key) != now.get(key)]
+    if changed:
+        differences = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
+        raise BadInput(
+            f"run.dir {config.run.dir} holds a checkpoint of another job ({differences}); "
+            "take another run.dir, or set these keys back"
         )
 
 

@@ -113,8 +113,7 @@ def create_encoder(
     """
     begin = None if model.init_from is None else load_encoder(model.init_from)
     if begin is not None and model.name is None:
-        own = {key: value for key, value in begin.model_args.items() if key not in _SET_ELSEWHERE}
-        model = model.model_copy(update={"name": begin.architecture, "args": {**own, **model.args}})
+        model = model.model_copy(update={"name": begin.architecture, "args": own_args(begin) | model.args})
     assert model.name is not None, "the config lets no model without both name and init_from pass"
     backbone = create_backbone(
         model.name,
@@ -129,6 +128,11 @@ def create_encoder(
     done = initialise(backbone, begin.state, img_size=begin.preprocessing.size, source=begin.source)
     kept = begin.preprocessing
     return Encoder(backbone, Preprocessing(kept.mean, kept.std, kept.interpolation, kept.crop_fraction, img_size), done)
+
+
+def own_args(encoder: EncoderFolder) -> dict[str, Any]:
+    """The keyword arguments that build an encoder's architecture, without those that other keys of a config set."""
+    return {key: value for key, value in encoder.model_args.items() if key not in _SET_ELSEWHERE}
 
 
 def load_encoder(init_from: str | Path) -> EncoderFolder:

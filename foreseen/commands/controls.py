@@ -1,0 +1,424 @@
+"""Did pretraining help? An encoder against scratch at its best, on the same labels, seeds and test pictures.
+
+Scratch is the better, by validation, of the same recipe and its own: no layer decay, and three learning rates. Both
+sides pass over the same number of images; a second line gives scratch three times as many. An encoder that began from
+other weights is compared with those, too. Each seed draws its own labels, the same for every side, and differences are
+taken seed by seed.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from foreseen.commands.jobs import Jobs, is_main_rank, say
+
+if TYPE_CHECKING:
+    from foreseen.config import Config
+    from foreseen.handoff.encoder import EncoderFolder
+
+LR_FACTORS = (0.25, 0.5, 1.0)
+TRIPLE = 3
+FILE_NAME = "controls.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of the comparison: a config without its seed.
+
+    Attributes:
+        name: of its folder in the run folder.
+        title: for people.
+        config: its `run.dir` is the arm's folder.
+    """
+
+    name: str
+    title: str
+    config: "Config"
+
+    def seeded(self, seed: int) -> "Config":
+        """The run of one seed, which also draws the labels."""
+        config = self.config
+        return config.model_copy(
+            update={
+                "seed": seed,
+                "run": config.run.model_copy(update={"dir": config.run.dir / f"seed-{seed}"}),
+                "data": config.data.model_copy(update={"subset_seed": seed}),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arms of a comparison.
+
+    Attributes:
+        pretrained: from the encoder.
+        scratch: what scratch may be at its best, of which validation chooses one.
+        start: from the weights that the encoder's pretraining began from, if there are any.
+        seeds: each draws its own labels.
+        tuning_seeds: how many of the seeds, the first ones, scratch is chosen by.
+        triple_seeds: how many of them scratch gets three times the passes for.
+    """
+
+    pretrained: Arm
+    scratch: tuple[Arm, ...]
+    start: Arm | None
+    seeds: tuple[int, ...]
+    tuning_seeds: int
+    triple_seeds: int
+
+    def tuning(self) -> "list[Config]":
+        """The runs that scratch is chosen by."""
+        return [arm.seeded(seed) for seed in self.seeds[: self.tuning_seeds] for arm in self.scratch]
+
+    def chosen(self) -> Arm:
+        """Scratch at its best: the arm with the highest mean on validation over the tuning seeds."""
+        seeds = self.seeds[: self.tuning_seeds]
+        return max(self.scratch, key=lambda arm: mean(_validation(arm.seeded(seed)) for seed in seeds))
+
+    def remaining_scratch(self, chosen: Arm) -> "list[Config]":
+        """The runs of scratch that are left once it is chosen."""
+        rest = [chosen.seeded(seed) for seed in self.seeds[self.tuning_seeds :]]
+        return rest + [tripled(chosen).seeded(seed) for seed in self.seeds[: self.triple_seeds]]
+
+    def treated(self) -> "list[Config]":
+        """The runs that begin from weights."""
+        arms = [self.pretrained] if self.start is None else [self.pretrained, self.start]
+        return [arm.seeded(seed) for seed in self.seeds for arm in arms]
+
+
+def make_plan(
+    config: "Config",
+    *,
+    seeds: int,
+    tuning_seeds: int | None = None,
+    triple_seeds: int | None = None,
+    start_from: str | None = None,
+) -> Plan:
+    """Lay out a comparison.
+
+    Args:
+        config: of the verb "finetune", with `model.name`, `model.init_from`, and the pretrained side's `views.mean`.
+        seeds: how many pairs, from the config's seed on.
+        tuning_seeds, triple_seeds: see `Plan`; None for all.
+        start_from: what the encoder's pretraining began from.
+    """
+    folder = config.run.dir
+
+    def arm(name: str, title: str, base: "Config", **sections: dict[str, Any]) -> Arm:
+        run = sections.pop("run", {}) | {"dir": folder / name}
+        update: dict[str, Any] = {"run": base.run.model_copy(update=run)}
+        for section, values in sections.items():
+            update[section] = getattr(base, section).model_copy(update=values)
+        return Arm(name, title, base.model_copy(update=update))
+
+    scratch_model = {"init_from": None}
+    candidates = [arm("scratch-same", "scratch, same recipe", config, model=scratch_model)]
+    for factor in LR_FACTORS:
+        lr = config.optim.base_lr * factor
+        own = {"base_lr": lr, "layer_decay": None}
+        title = f"scratch, own recipe, lr {lr:.3g}"
+        candidates.append(arm(f"scratch-lr-{lr:.3g}", title, config, model=scratch_model, optim=own))
+    start = None
+    if start_from is not None:
+        start = arm("start", f"starting weights ({start_from})", config, model={"init_from": start_from})
+    every = tuple(range(config.seed, config.seed + seeds))
+    return Plan(
+        pretrained=arm("pretrained", "pretrained", config),
+        scratch=tuple(candidates),
+        start=start,
+        seeds=every,
+        tuning_seeds=len(every) if tuning_seeds is None else min(tuning_seeds, len(every)),
+        triple_seeds=len(every) if triple_seeds is None else min(triple_seeds, len(every)),
+    )
+
+
+def tripled(arm: Arm) -> Arm:
+    """The arm with three times the passes over the images."""
+    run = arm.config.run
+    longer = {
+        "dir": run.dir.with_name(f"{run.dir.name}-3x"),
+        "steps": None if run.steps is None else TRIPLE * run.steps,
+        "epochs": None if run.epochs is None else TRIPLE * run.epochs,
+    }
+    config = arm.config.model_copy(update={"run": run.model_copy(update=longer)})
+    return Arm(f"{arm.name}-3x", f"{arm.title}, {TRIPLE}× the passes", config)
+
+
+def run_controls(config: "Config", jobs: Jobs, *, seeds: int) -> str:
+    """Make every run of a comparison that is not made yet, and write down how it came out.
+
+    Args:
+        config: of the verb "finetune", with `model.init_from`.
+        jobs: open.
+        seeds: how many pairs.
+
+    Returns:
+        The report.
+
+    Raises:
+        BadInput: there is nothing to compare, or the run folder holds another comparison.
+    """
+    from foreseen.handoff.encoder import load_encoder
+
+    _check(config, seeds)
+    assert config.model.init_from is not None
+    encoder = load_encoder(config.model.init_from)
+    plan = make_plan(as_the_encoder(config, encoder), seeds=seeds, start_from=_start_of(encoder))
+    claim_folder(config)
+    make_runs(jobs, plan.tuning())
+    chosen = plan.chosen()
+    make_runs(jobs, [*plan.remaining_scratch(chosen), *plan.treated()])
+    return conclude(plan, chosen, encoder.lineage)
+
+
+def _check(config: "Config", seeds: int) -> None:
+    from foreseen.errors import BadInput
+
+    if config.model.init_from is None:
+        raise BadInput("--controls compares an encoder with scratch, and model.init_from is null; give an encoder")
+    if seeds < 1:
+        raise BadInput(f"--seeds must be 1 or more, got {seeds}")
+
+
+def as_the_encoder(config: "Config", encoder: "EncoderFolder") -> "Config":
+    """The config with the encoder's architecture and normalisation written out, so that scratch shares them."""
+    from foreseen.handoff.encoder import own_args
+
+    model, views = config.model, config.views
+    if model.name is None:
+        args = own_args(encoder) | model.args
+        model = model.model_copy(update={"name": encoder.architecture, "args": args})
+    seen = encoder.preprocessing
+    views = views.model_copy(update={"mean": views.mean or seen.mean, "std": views.std or seen.std})
+    return config.model_copy(update={"model": model, "views": views})
+
+
+def _start_of(encoder: "EncoderFolder") -> str | None:
+    parents = encoder.lineage.get("parents") or []
+    if encoder.source.startswith("timm:") or not parents:
+        return None
+    parent = parents[0]
+    return str(parent["source"] if isinstance(parent, dict) else parent)
+
+
+def claim_folder(config: "Config") -> None:
+    """Note in the run folder which encoder is compared there, and refuse a folder of another one.
+
+    The encoder is known by its weights: the same path may hold another one by now.
+    """
+    import hashlib
+
+    from foreseen.errors import BadInput
+    from foreseen.files import write_atomically
+
+    weights = Path(config.model.init_from or "") / "model.safetensors"
+    digest = config.model.init_from or ""
+    if weights.is_file():
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    note = config.run.dir / "encoder.sha256"
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    if note.is_file() and note.read_text(encoding="utf-8").strip() != digest:
+        raise BadInput(
+            f"run.dir {config.run.dir} holds the controls of another encoder than {config.model.init_from}; "
+            "take another run.dir"
+        )
+    write_atomically(note, digest + "\n")
+
+
+def make_runs(jobs: Jobs, configs: "Sequence[Config]", *, look: Callable[[], None] = lambda: None) -> None:
+    """Make the runs that are not finished yet, and say how each came out.
+
+    Raises:
+        BadInput: a run folder holds another job.
+    """
+    finish(jobs, submit(jobs, configs), look=look)
+
+
+def submit(jobs: Jobs, configs: "Sequence[Config]") -> "dict[Future[None], Config]":
+    """Put the runs that are not finished yet in the queue."""
+    return {jobs.submit("finetune", config): config for config in configs if not is_finished(config)}
+
+
+def finish(
+    jobs: Jobs, submitted: "Mapping[Future[None], Config]", *, look: Callable[[], None] = lambda: None
+) -> None:  # fmt: skip
+    """Wait for submitted runs, and say how each came out."""
+    for future in jobs.wait(list(submitted), look=look):
+        say(describe_run(submitted[future]))
+
+
+def describe_run(config: "Config") -> str:
+    """A line on a finished run."""
+    result = _result(config)
+    name = f"{config.run.dir.parent.name}/{config.run.dir.name}"
+    return f"  {name:34} validation {result['validation']['top1']:6.1%}   test {_test(result, config):6.1%}"
+
+
+def is_finished(config: "Config") -> bool:
+    """Whether this very run is in its folder already, with its score.
+
+    Raises:
+        BadInput: the folder holds another job's run.
+    """
+    import yaml
+
+    from foreseen.engine.resume import check_same_config
+
+    folder = config.run.dir
+    if not (folder / "result.json").is_file() or not (folder / "config.yaml").is_file():
+        return False
+    resolved = config.with_length(_result(config)["training_samples"])
+    check_same_config(resolved, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    return True
+
+
+def _result(config: "Config") -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((config.run.dir / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def _validation(config: "Config") -> float:
+    return float(_result(config)["validation"]["top1"])
+
+
+def _test(result: dict[str, Any], config: "Config") -> float:
+    from foreseen.errors import BadInput
+
+    if "test" not in result:
+        raise BadInput(
+            f"{config.run.dir} has no test score, so nothing can be compared; give a set with data.test_split "
+            f"{config.data.test_split!r}"
+        )
+    return float(result["test"]["top1"])
+
+
+def scores(arm: Arm, seeds: Sequence[int]) -> dict[str, Any]:
+    """What the runs of an arm came out at; accuracies in percent."""
+    configs = [arm.seeded(seed) for seed in seeds]
+    results = [_result(config) for config in configs]
+    test = [100 * _test(result, config) for result, config in zip(results, configs, strict=True)]
+    optim = arm.config.optim
+    return {
+        "title": arm.title,
+        "base_lr": optim.base_lr,
+        "layer_decay": optim.layer_decay,
+        "steps": [result["step"] for result in results],
+        "seeds": list(seeds),
+        "validation": [100 * result["validation"]["top1"] for result in results],
+        "test": test,
+        "mean": mean(test),
+        "sd": stdev(test) if len(test) > 1 else None,
+    }
+
+
+def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
+    """Write `controls.json` and the encoder's model card from finished runs.
+
+    Args:
+        plan: all of whose runs are finished.
+        chosen: scratch at its best.
+        lineage: of the encoder.
+
+    Returns:
+        The report: a Markdown table and a verdict.
+    """
+    from foreseen.engine.run_folder import describe_start
+    from foreseen.files import write_atomically
+    from foreseen.paired import paired_difference
+
+    pretrained = scores(plan.pretrained, plan.seeds)
+    sides = {"scratch": (scores(chosen, plan.seeds), chosen.title)}
+    if plan.triple_seeds:
+        longer = tripled(chosen)
+        sides["scratch_3x"] = (scores(longer, plan.seeds[: plan.triple_seeds]), longer.title)
+    if plan.start is not None:
+        sides["start"] = (scores(plan.start, plan.seeds), plan.start.title)
+    differences = {
+        name: paired_difference(pretrained["test"][: len(side["test"])], side["test"])
+        for name, (side, _) in sides.items()
+    }
+    tried = plan.seeds[: plan.tuning_seeds]
+    config = plan.pretrained.config
+    verdict = " ".join(_sentence(sides[name][1], difference) for name, difference in differences.items())
+    seen = lineage.get("data", {}).get("fingerprint")
+    if seen is not None and seen == _result(plan.pretrained.seeded(plan.seeds[0])).get("test_data"):
+        verdict += " TRANSDUCTIVE: pretraining saw the test pictures, so this is no headline."
+    record = {
+        "encoder": config.model.init_from,
+        "method": lineage.get("method"),
+        "labels": {"data": str(config.data.path), "shots": config.data.shots, "seeds": list(plan.seeds)},
+        "arms": {"pretrained": pretrained} | {name: side for name, (side, _) in sides.items()},
+        "scratch_candidates": {arm.name: scores(arm, tried) for arm in plan.scratch},
+        "chosen_scratch": chosen.name,
+        "differences": {name: asdict(difference) for name, difference in differences.items()},
+        "verdict": verdict,
+        "made_by": describe_start({}),
+    }
+    report = f"{report_table(record)}\n\n{verdict}"
+    if is_main_rank():
+        write_atomically(config.run.dir.parent / FILE_NAME, json.dumps(record, indent=2) + "\n")
+        _add_to_card(config, report)
+    return report
+
+
+def _sentence(against: str, difference: Any) -> str:
+    """Pretraining against one side, in words."""
+    points = abs(difference.mean)
+    if difference.low is None:
+        gain = f"{difference.mean:+.1f} points against {against}"
+        return f"One seed allows no verdict: {gain}."
+    interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f}, {len(difference.each)} seeds"
+    if difference.low > 0:
+        return f"Pretraining helped by {points:.1f} points against {against} ({interval})."
+    if difference.high < 0:
+        return f"Pretraining did not help: it lost {points:.1f} points against {against} ({interval})."
+    return f"Pretraining did not help measurably against {against}: {difference.mean:+.1f} points ({interval})."
+
+
+def report_table(record: dict[str, Any]) -> str:
+    """A Markdown table of `controls.json`."""
+    lines = [
+        "| begins from | lr, layer decay | seeds | validation top-1 | test top-1, mean ± sd | each |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    chosen = record["scratch_candidates"][record["chosen_scratch"]]["title"]
+    for arm in record["arms"].values():
+        note = " (chosen on validation)" if arm["title"] == chosen else ""
+        lines.append(_row(arm, f"{arm['title']}{note}"))
+    for arm in record["scratch_candidates"].values():
+        if arm["title"] != chosen:
+            lines.append(_row(arm, f"{arm['title']} (not chosen)"))
+    return "\n".join(lines)
+
+
+def _row(arm: dict[str, Any], title: str) -> str:
+    spread = f" ± {arm['sd']:.1f}" if arm["sd"] is not None else ""
+    cells = [
+        title,
+        f"{arm['base_lr']:.3g}, {arm['layer_decay'] or 1.0:g}",
+        ", ".join(map(str, arm["seeds"])),
+        f"{mean(arm['validation']):.1f}",
+        f"{arm['mean']:.1f}{spread}",
+        ", ".join(f"{score:.1f}" for score in arm["test"]),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _add_to_card(config: "Config", report: str) -> None:
+    from foreseen.handoff.card import add_section
+
+    folder = Path(config.model.init_from or "")
+    if not (folder / "README.md").is_file():
+        return
+    shots = f"{config.data.shots} labels a class" if config.data.shots else "all labels"
+    data = config.data.path or "procedural pets"
+    try:
+        add_section(folder, f"Did pretraining help? {data}, {shots}", report)
+    except OSError as error:
+        say(f"the model card of {folder} could not be changed: {error.strerror}")

@@ -1,0 +1,193 @@
+"""The page that a quickstart ends in: pictures, curves and the table, in one HTML file that needs nothing else."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+    from foreseen.commands.controls import Plan
+    from foreseen.config import Config
+
+FILE_NAME = "summary.html"
+_ZOOM = 2  # the pictures are small
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733; }
+h1 { margin-bottom: 0; }
+h2 { margin-top: 2.2rem; }
+.verdict { font-size: 1.15rem; border-left: 4px solid #2a7f9e; padding: .2rem 1rem; background: #f0f6f8; }
+table { border-collapse: collapse; }
+th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #d5dde3; }
+tr.first td { font-weight: 600; }
+img { max-width: 100%; image-rendering: pixelated; }
+img.plot { image-rendering: auto; }
+figure { margin: 1rem 0; }
+figcaption { color: #51606d; font-size: .95rem; }
+pre { background: #f3f5f7; padding: .8rem; }
+"""
+
+
+def write_page(folder: Path, pretraining: "Config", plan: "Plan", probes: list[str]) -> Path:
+    """Write `summary.html` from the folders of finished runs.
+
+    Args:
+        folder: where to.
+        pretraining: the job that made the encoder.
+        plan: the comparison that it was judged by, concluded.
+        probes: what its frozen features came out at, a sentence each.
+
+    Returns:
+        The file.
+    """
+    from foreseen.commands import controls
+    from foreseen.files import write_atomically
+
+    finetuning = plan.pretrained.config
+    record = json.loads((finetuning.run.dir.parent / controls.FILE_NAME).read_text(encoding="utf-8"))
+    method = pretraining.method.name
+    labels = f"{finetuning.data.shots} labels a breed"
+    parts = [
+        f"<h1>Did {html.escape(method)} pretraining help?</h1>",
+        f"<p>A tiny ViT on procedural pets, {labels}; every number by <code>foreseen quickstart</code>.</p>",
+        f"<p class=verdict>{html.escape(record['verdict'])}</p>",
+        _table(record),
+        _figure(_scores(record), "Top-1 on the test pictures; a dot is a seed, with labels of its own.", "plot"),
+        "<h2>The pictures</h2>",
+        _figure(
+            _breeds(pretraining.views.size[0]),
+            "Twelve breeds, told apart by ears, face and coat; colour, pose, light and background say nothing.",
+        ),
+        f"<h2>What {html.escape(method)} learned without labels</h2>",
+        *(_figure(image, caption) for caption, image in _pictures(pretraining.run.dir / "tensorboard").items()),
+        *(f"<p>{html.escape(sentence)}</p>" for sentence in probes),
+        _figure(
+            _losses(pretraining, plan), "Left: pretraining. Right: the labelled pictures of the first seed.", "plot"
+        ),
+        "<h2>Your own pictures</h2>",
+        "<pre>foreseen data pack MY_PICTURES shards/mine --max-side 500\n"
+        f"foreseen pretrain {method}_vit_b16 data.path=shards/mine\n"
+        "foreseen finetune vit_b16_mae data.path=MY_LABELLED model.init_from=runs/.../encoder --controls</pre>",
+    ]
+    title = f"foreseen quickstart: {method}"
+    page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>\n" + "\n".join(parts)
+    path = folder / FILE_NAME
+    write_atomically(path, page + "\n")
+    return path
+
+
+def _table(record: dict[str, Any]) -> str:
+    from statistics import mean
+
+    rows = [
+        "<tr><th>begins from<th>lr, layer decay<th>seeds<th>validation<th>test, mean ± sd<th>gain of pretraining</tr>"
+    ]
+    for name, arm in record["arms"].items():
+        difference = record["differences"].get(name)
+        spread = "" if arm["sd"] is None else f" ± {arm['sd']:.1f}"
+        cells = [
+            arm["title"],
+            f"{arm['base_lr']:.3g}, {arm['layer_decay'] or 1.0:g}",
+            str(len(arm["seeds"])),
+            f"{mean(arm['validation']):.1f}",
+            f"{arm['mean']:.1f}{spread}",
+            "" if difference is None else _gain(difference),
+        ]
+        rows.append(f"<tr{' class=first' if not difference else ''}>" + "".join(f"<td>{html.escape(c)}" for c in cells))
+    tried = ", ".join(
+        f"{arm['title']} {mean(arm['validation']):.1f}" for arm in record["scratch_candidates"].values()
+    )  # fmt: skip
+    return f"<table>{''.join(rows)}</table><p>Scratch was chosen on validation: {html.escape(tried)}.</p>"
+
+
+def _gain(difference: dict[str, Any]) -> str:
+    gain = f"{difference['mean']:+.1f}"
+    return gain if difference["low"] is None else f"{gain} [{difference['low']:+.1f}, {difference['high']:+.1f}]"
+
+
+def _scores(record: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    arms = list(record["arms"].values())
+    figure = Figure(figsize=(9, 0.6 * len(arms) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    for row, arm in enumerate(arms):
+        axes.plot(arm["test"], [row] * len(arm["test"]), "o", color="#2a7f9e", alpha=0.6)
+        axes.plot([arm["mean"]] * 2, [row - 0.25, row + 0.25], color="#1c2733", linewidth=2)
+    axes.set_yticks(range(len(arms)), [arm["title"] for arm in arms])
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("test top-1, %")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def _breeds(size: int) -> "Image":
+    import numpy as np
+    from PIL import Image
+
+    from foreseen.data.procedural import BREEDS, draw_pet
+
+    found: dict[int, list[Any]] = {breed: [] for breed in range(len(BREEDS))}
+    number = 0
+    while any(len(pictures) < 2 for pictures in found.values()):
+        pet = draw_pet(0, number, size=size)
+        found[pet.label].append(pet.image)
+        number += 1
+    rows = [np.concatenate([found[breed][row] for breed in found], axis=1) for row in range(2)]
+    sheet = Image.fromarray(np.concatenate(rows))
+    return sheet.resize((_ZOOM * sheet.width, _ZOOM * sheet.height), Image.Resampling.NEAREST)
+
+
+def _pictures(events: Path) -> "dict[str, Image]":
+    """The last picture under each name in TensorBoard's files."""
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(events), size_guidance={"images": 1})
+    found.Reload()
+    pictures = {}
+    for name in found.Tags()["images"]:
+        image = Image.open(io.BytesIO(found.Images(name)[-1].encoded_image_string))
+        pictures[name] = image.resize((_ZOOM * image.width, _ZOOM * image.height), Image.Resampling.NEAREST)
+    return pictures
+
+
+def _losses(pretraining: "Config", plan: "Plan") -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*_curve(pretraining.run.dir), color="#2a7f9e")
+    left.set(title=f"{pretraining.method.name} loss", xlabel="step")
+    chosen = plan.chosen()
+    for arm, colour in ((plan.pretrained, "#2a7f9e"), (chosen, "#b5562b")):
+        right.plot(*_curve(arm.seeded(plan.seeds[0]).run.dir), color=colour, label=arm.title)
+    right.set(title="training loss", xlabel="step")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _curve(folder: Path) -> tuple[list[int], list[float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    return [step for step, _ in points], [loss for _, loss in points]
+
+
+def _figure(picture: "Figure | Image", caption: str, kind: str = "pixels") -> str:
+    from PIL import Image
+
+    data = io.BytesIO()
+    if isinstance(picture, Image.Image):
+        picture.save(data, "PNG")
+    else:
+        picture.savefig(data, format="png", dpi=120)
+    source = base64.b64encode(data.getvalue()).decode()
+    text = html.escape(caption)
+    return f'<figure><img class={kind} src="data:image/png;base64,{source}"><figcaption>{text}</figcaption></figure>'
