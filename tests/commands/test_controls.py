@@ -1,0 +1,190 @@
+"""`finetune --controls`: what is run, what is chosen, and what is said of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from foreseen import cli
+from foreseen.commands import controls
+from foreseen.commands.jobs import Jobs
+from foreseen.commands.verbs import load_recipe
+from foreseen.config import Config
+from foreseen.errors import BadInput
+
+Recipe = Callable[..., list[str]]
+
+
+def _config(*overrides: str) -> Config:
+    return load_recipe("finetune", "cpu_minutes", ["run.dir=study", "views.mean=[0,0,0]", *overrides])
+
+
+def _write(config: Config, *, validation: float, test: float) -> None:
+    """A finished run's result, as `controls` reads it."""
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    result = {"step": 5, "training_samples": 120, "validation": {"top1": validation}, "test": {"top1": test}}
+    (config.run.dir / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    resolved = config.with_length(120).to_yaml()
+    (config.run.dir / "config.yaml").write_text(resolved, encoding="utf-8")
+
+
+def test_scratch_is_the_same_recipe_and_three_rates_of_its_own_without_layer_decay() -> None:
+    plan = controls.make_plan(_config("optim.base_lr=2e-3", "optim.layer_decay=0.8"), seeds=2)
+    recipes = [(arm.config.optim.base_lr, arm.config.optim.layer_decay) for arm in plan.scratch]
+    assert recipes == [(2e-3, 0.8), (5e-4, None), (1e-3, None), (2e-3, None)]
+    assert all(arm.config.model.init_from is None for arm in plan.scratch)
+    assert all(arm.config.run.steps == plan.pretrained.config.run.steps for arm in plan.scratch)
+    assert controls.tripled(plan.scratch[1]).config.run.steps == 3 * 250
+
+
+def test_every_side_of_a_seed_has_the_same_labels_and_each_seed_its_own() -> None:
+    plan = controls.make_plan(_config("seed=7"), seeds=2)
+    for seed in plan.seeds:
+        runs = [arm.seeded(seed) for arm in (plan.pretrained, *plan.scratch)]
+        assert {(run.seed, run.data.subset_seed) for run in runs} == {(seed, seed)}
+        assert len({run.run.dir for run in runs}) == len(runs)
+    assert plan.seeds == (7, 8)
+
+
+def test_validation_chooses_scratch_and_test_does_not(tmp_path: Path) -> None:
+    plan = controls.make_plan(_config(f"run.dir={tmp_path}"), seeds=3, tuning_seeds=2)
+    for place, arm in enumerate(plan.scratch):
+        for seed in plan.seeds[:2]:
+            _write(arm.seeded(seed), validation=0.5 if place == 2 else 0.4, test=0.1 if place == 2 else 0.9)
+    assert plan.chosen() is plan.scratch[2]
+    remaining = plan.remaining_scratch(plan.chosen())
+    assert [config.seed for config in remaining] == [2, 0, 1, 2]
+    assert [config.run.steps for config in remaining] == [250, 750, 750, 750]
+
+
+def _study(tmp_path: Path, *, pretrained: list[float], scratch: list[float], lineage: dict[str, Any]) -> str:
+    """The report of a study whose runs came out at these test scores; scratch is worse on all other recipes."""
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder/README.md").write_text("# a card\n", encoding="utf-8")
+    config = _config(f"run.dir={tmp_path / 'study'}", f"model.init_from={tmp_path / 'encoder'}")
+    plan = controls.make_plan(config, seeds=len(pretrained), triple_seeds=1)
+    for seed, (above, below) in enumerate(zip(pretrained, scratch, strict=True)):
+        _write(plan.pretrained.seeded(seed), validation=above, test=above)
+        for arm in plan.scratch:
+            _write(arm.seeded(seed), validation=below if arm is plan.scratch[0] else 0.0, test=below)
+    _write(controls.tripled(plan.scratch[0]).seeded(0), validation=0.3, test=0.3)
+    return controls.conclude(plan, plan.chosen(), lineage)
+
+
+def test_a_clear_gain_is_told_with_its_interval_and_goes_into_the_model_card(tmp_path: Path) -> None:
+    report = _study(tmp_path, pretrained=[0.50, 0.52, 0.54], scratch=[0.40, 0.43, 0.43], lineage={})
+    # Differences 10, 9, 11: mean 10, sd 1, t(0.975, 2) / sqrt(3) = 2.484.
+    assert "Pretraining helped by 10.0 points against scratch, same recipe" in report
+    assert "95 % interval +7.5 to +12.5, 3 seeds" in report
+    assert "3× the passes" in report
+    assert "One seed allows no verdict" in report
+    card = (tmp_path / "encoder/README.md").read_text(encoding="utf-8")
+    assert card.startswith("# a card")
+    assert "Did pretraining help?" in card
+    assert "helped by 10.0 points" in card
+    record = json.loads((tmp_path / "study/controls.json").read_text(encoding="utf-8"))
+    assert record["differences"]["scratch"]["each"] == pytest.approx([10, 9, 11])
+
+
+def test_no_gain_and_a_loss_are_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    (tmp_path / "loss").mkdir()
+    none = _study(tmp_path / "none", pretrained=[0.50, 0.42, 0.46], scratch=[0.40, 0.50, 0.47], lineage={})
+    assert "did not help measurably" in none
+    loss = _study(tmp_path / "loss", pretrained=[0.30, 0.33, 0.34], scratch=[0.40, 0.43, 0.43], lineage={})
+    assert "did not help: it lost" in loss
+
+
+def test_an_encoder_that_saw_the_test_pictures_is_labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = controls._result
+    monkeypatch.setattr(controls, "_result", lambda config: found(config) | {"test_data": "abc"})
+    lineage = {"data": {"fingerprint": "abc"}}
+    report = _study(tmp_path, pretrained=[0.50, 0.52], scratch=[0.40, 0.43], lineage=lineage)
+    assert "TRANSDUCTIVE" in report
+
+
+def test_a_second_report_replaces_the_first_in_the_card(tmp_path: Path) -> None:
+    from foreseen.handoff.card import add_section
+
+    (tmp_path / "README.md").write_text("# card\n\nwords\n", encoding="utf-8")
+    add_section(tmp_path, "One", "first")
+    add_section(tmp_path, "Two", "other")
+    add_section(tmp_path, "One", "second")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "first" not in card
+    assert card.count("## One") == card.count("## Two") == 1
+    assert card.index("words") < card.index("second") < card.index("other")
+
+
+def _foreseen(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def _small(recipe: Recipe, **more: object) -> list[str]:
+    return recipe(
+        run__steps=2, optim__warmup_steps=1, batch__global_size=8, run__save_every=2, data__shots=4, **more
+    )  # fmt: skip
+
+
+def test_controls_run_end_to_end_and_finished_runs_are_not_made_again(recipe: Recipe, tmp_path: Path) -> None:
+    encoder = tmp_path / "pretrain/encoder"
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=encoder.parent)[:-1])
+    study = tmp_path / "study"
+    command = ["finetune", "cpu_minutes", *_small(recipe, run__dir=study, model__init_from=encoder)]
+    report = _foreseen(*command, "--controls", "--seeds", "2")
+    assert "against scratch" in report
+    assert "2 seeds" in report
+    runs = sorted(study.rglob("result.json"))
+    # 2 seeds × (pretrained, 4 of scratch, the chosen one three times as long)
+    assert len(runs) == 12
+    before = [run.stat().st_mtime_ns for run in runs]
+    again = _foreseen(*command, "--controls", "--seeds", "2")
+    assert [run.stat().st_mtime_ns for run in runs] == before
+    assert again.strip().splitlines()[-1] == report.strip().splitlines()[-1]
+    assert "Did pretraining help?" in (encoder / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(BadInput, match=r"holds a checkpoint of another job \(optim.base_lr was"):
+        CliRunner().invoke(
+            cli.app, [*command, "optim.base_lr=3e-4", "--controls", "--seeds", "2"], catch_exceptions=False
+        )
+
+
+def test_a_study_of_another_encoder_in_the_same_folder_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+    first, second = (
+        _config(f"run.dir={tmp_path / 'study'}", f"model.init_from={tmp_path / n}") for n in ("one", "two")
+    )
+    controls.claim_folder(first)
+    controls.claim_folder(first)
+    with pytest.raises(BadInput, match="holds the controls of another encoder"):
+        controls.claim_folder(second)
+
+
+def test_controls_without_an_encoder_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"model\.init_from is null; give an encoder"), Jobs() as jobs:
+        controls.run_controls(_config("model.init_from=null"), jobs, seeds=2)
+
+
+def test_several_jobs_under_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="--jobs 2"):
+        Jobs(2)
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_come_out_as_one_after_another(recipe: Recipe, tmp_path: Path) -> None:
+    scores = []
+    for processes in (1, 2):
+        config = load_recipe("finetune", "cpu_minutes", _small(recipe, run__dir=tmp_path / str(processes)))
+        plan = controls.make_plan(config, seeds=1)
+        with Jobs(processes) as jobs:
+            controls.make_runs(jobs, plan.tuning())
+        scores.append([controls._result(c) | {"seconds": 0} for c in plan.tuning()])
+        assert (plan.tuning()[0].run.dir / "log.txt").is_file() == (processes == 2)
+    assert scores[0] == scores[1]
