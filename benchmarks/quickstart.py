@@ -82,7 +82,8 @@ def main() -> None:
             cells.append(f"{gain['mean']:+.1f} [{gain['low']:+.1f}, {gain['high']:+.1f}]")
             print("| " + " | ".join(map(str, cells)) + " |")
         gains = [record["differences"]["scratch"]["mean"] for *_, record in rows]
-        print(f"\nmedian {median(row[1] for row in rows):.0f} s; mean gain over pretraining seeds {mean(gains):+.1f} points")
+        typical = median(row[1] for row in rows)
+        print(f"\nmedian {typical:.0f} s; mean gain over pretraining seeds {mean(gains):+.1f} points")
 
 
 if __name__ == "__main__":
