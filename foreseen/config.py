@@ -52,14 +52,31 @@ class Run(Section):
         return self
 
 
+class Columns(Section):
+    """Which columns of a CSV or a Hugging Face set say what; null finds the one with a usual name."""
+
+    image: str | None = None
+    """The picture, or its path."""
+    label: str | None = None
+    """Its class, by name or number."""
+    split: str | None = None
+    """The split that a row of a CSV belongs to."""
+
+
 class Data(Section):
     """Which pictures."""
 
-    path: Path | None = None
-    """Folder of shards, as `foreseen data pack` writes it; null draws procedural pets."""
+    path: str | None = None
+    """Folder of shards, as `foreseen data pack` writes it; or a folder of pictures, a CSV or `hf:NAME`, which are
+    packed into a cache, once. Null draws procedural pets."""
+    columns: Columns = Columns()
+    hf_config: str | None = None
+    """Configuration of a Hugging Face set that has several."""
     split: str = "train"
     test_split: str = "test"
     """Read once, at the very end of fine-tuning."""
+    test_fraction: float = Field(0.2, ge=0, lt=1)
+    """Share of each class set aside as the test split of labelled pictures that come without one; not for shards."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of each class of `split` that fine-tuning sets aside to choose by."""
     shots: int | None = Field(None, ge=1)
@@ -85,7 +102,12 @@ class Model(Section):
     """Weights to begin from: an encoder folder, or `timm:NAME` for public weights."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     args: dict[str, Any] = Field(default_factory=dict)
-    """More keyword arguments of the timm model, such as `patch_size` or `depth`."""
+    """More keyword arguments of the timm model, such as `patch_size` or `depth`; null clears a recipe's."""
+
+    @field_validator("args", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @field_validator("img_size", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from a subkey, or it would repeat the first one's numbers. Streams are names, ne
 """
 
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
@@ -41,6 +42,12 @@ def sample_keys(seed: int, positions: NDArray[np.int64]) -> Keys:
     """One key per position of the stream, [B] uint64."""
     base = mix(np.array([(seed * _GOLDEN + stream_constant("sample")) & _MASK64], dtype=np.uint64))
     return mix(positions.astype(np.uint64) ^ base)
+
+
+def name_keys(names: Iterable[str]) -> Keys:
+    """One key per name, [N] uint64, for what must not depend on a sample's place among the others."""
+    digests = (hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest() for name in names)
+    return np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)
 
 
 def subkeys(keys: Keys, tag: str) -> Keys:

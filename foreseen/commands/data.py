@@ -1,7 +1,6 @@
 """`foreseen data`: pictures on disk to shards."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,21 +11,38 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Pack pictures into shards, which every other command reads.", no_args_is_help=True)
 
-_SECONDS_BETWEEN_LINES = 5.0
-
 MaxSide = Annotated[
     int | None, typer.Option(help="Shrink pictures to this longest side, in pixels. Default: keep them.")
 ]
 Workers = Annotated[int | None, typer.Option(help="Processes. Default: one a CPU.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a split that exists.")]
+Column = Annotated[str | None, typer.Option(help="Of a CSV or Hugging Face set. Default: the one with a usual name.")]
 
 
 @app.command()
 def pack(
-    src: Annotated[Path, typer.Argument(help="Folder of pictures, searched to any depth.", show_default=False)],
+    src: Annotated[
+        str,
+        typer.Argument(help="Folder of pictures, CSV, or hf: and a name on the hub or a path.", show_default=False),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder of the set; other splits may be in it.", show_default=False)],
-    split: Annotated[str, typer.Option(help="Name of the split.")] = "train",
-    labels: Annotated[str, typer.Option(help="none, or folder: the first folder below SRC is the class.")] = "none",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the split. Default: train, or all of the source's own; with those, the one to take."
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="none, or folder: the first folder below SRC, or below each of its splits, is the class. Default: "
+            "none for folders, the label column for a CSV or Hugging Face set."
+        ),
+    ] = None,
+    image_column: Column = None,
+    label_column: Column = None,
+    split_column: Column = None,
+    hf_config: Annotated[str | None, typer.Option(help="Configuration of a Hugging Face set on the hub.")] = None,
     max_side: MaxSide = None,
     quality: Annotated[int, typer.Option(help="JPEG or WEBP quality of shrunk pictures.")] = 90,
     shard_samples: Annotated[int, typer.Option(help="Pictures in a shard.")] = 1000,
@@ -38,34 +54,45 @@ def pack(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Pack a folder of pictures into one split of a set. Killed, it goes on when the same command is given again."""
-    from foreseen.data.manifest import FILE_NAME, read_manifest
+    """Pack pictures into the splits of a set. Killed, it goes on when the same command is given again."""
+    from foreseen.commands.progress import progress
+    from foreseen.data.manifest import FILE_NAME, Manifest, read_manifest
+    from foreseen.data.open_source import SourceOptions, open_source
     from foreseen.data.pack import pack as pack_samples
-    from foreseen.data.source import FolderListing
+    from foreseen.data.table import Columns
 
-    classes = read_manifest(out).classes if (out / FILE_NAME).exists() else None
-    listing = FolderListing(src, labels, classes)
-    if listing.skipped:
-        print(f"{listing.skipped:,} files of {src} are no pictures by their names, and are passed over")
-    with _progress(f"packing {split}") as progress:
-        summary = pack_samples(
-            listing,
-            out,
-            split,
-            classes=listing.classes,
-            shard_samples=shard_samples,
-            max_side=max_side,
-            quality=quality,
-            seed=seed,
-            workers=workers,
-            source=src.name,
-            licence=licence,
-            strict=strict,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    _report(summary)
-    print(f"next: foreseen pretrain mae_vit_b16 data.path={out} data.split={split}")
+    is_table = src.startswith("hf:") or Path(src).is_file()
+    columns = Columns(image=image_column, label=label_column, split=split_column)
+    options = SourceOptions(labels or ("auto" if is_table else "none"), columns, hf_config)
+    source = open_source(src, options)
+    joined = read_manifest(out) if (out / FILE_NAME).exists() else Manifest({})
+    found = source.read(joined.classes)
+    for note in found.notes:
+        print(note)
+    chosen = found.choose(split)
+    if len(chosen) > 1 and not overwrite:  # a killed packing may have finished some of them
+        chosen = {name: samples for name, samples in chosen.items() if name not in joined.splits} or chosen
+    for name, samples in chosen.items():
+        with progress(f"packing {name}") as report:
+            summary = pack_samples(
+                samples,
+                out,
+                name,
+                classes=found.classes,
+                shard_samples=shard_samples,
+                max_side=max_side,
+                quality=quality,
+                seed=seed,
+                workers=workers,
+                source=source.name,
+                licence=licence or found.licence,
+                strict=strict,
+                overwrite=overwrite,
+                progress=report,
+            )
+        _report(summary)
+    first = "train" if "train" in chosen else next(iter(chosen))
+    print(f"next: foreseen pretrain mae_vit_b16 data.path={out} data.split={first}")
 
 
 @app.command()
@@ -82,13 +109,14 @@ def pets(
     """Pack the Oxford-IIIT Pet dataset: 37 breeds, with trimaps and head boxes (CC BY-SA 4.0)."""
     from contextlib import ExitStack
 
+    from foreseen.commands.progress import progress
     from foreseen.data.pets import pack_pets
 
     with ExitStack() as bars:
 
         def begin(what: str) -> Callable[[int, int], None]:
             bars.close()
-            return bars.enter_context(_progress(f"packing {what}" if "." not in what else f"fetching {what}"))
+            return bars.enter_context(progress(f"packing {what}" if "." not in what else f"fetching {what}"))
 
         summaries = pack_pets(out, archives, max_side=max_side, workers=workers, overwrite=overwrite, progress=begin)
     for summary in summaries:
@@ -111,31 +139,3 @@ def _report(summary: "Summary") -> None:
         name, reason = min(summary.unreadable)
         print(f"  {len(summary.unreadable):,} pictures cannot be read and were left out, such as {name}: {reason}")
         print(f"  all of them: {summary.path / summary.split}.unreadable.txt")
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """What to call with the work done and in all: a bar on a terminal, else a line every few seconds."""
-    import sys
-    import time
-
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total or None)
-        return
-
-    start = said = time.monotonic()
-
-    def say(done: int, total: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= _SECONDS_BETWEEN_LINES:
-            said = now
-            print(f"{what}: {done:,} of {total:,} after {now - start:.0f} s", file=sys.stderr, flush=True)
-
-    yield say

@@ -1,21 +1,29 @@
 """What every training command does before and after: join the job, hold the run folder, seed, record."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from foreseen.commands.progress import progress
 from foreseen.config import Config
+from foreseen.data.cache import Packed, cache_folder, packed
+from foreseen.data.open_source import SourceOptions, is_packed
 from foreseen.data.shards import ShardSet
+from foreseen.data.table import Columns
 from foreseen.engine.launch import describe_devices, start
 from foreseen.engine.run_folder import RunLock, describe_start, record_start
+from foreseen.errors import BadInput
 from foreseen.files import write_atomically
 
 Say = Callable[[str], None]
 _PROCEDURAL_TRAIN, _PROCEDURAL_TEST = 6000, 1200
+_PATIENCE = timedelta(days=7)  # for a set to be packed
 
 
 @contextmanager
@@ -43,21 +51,68 @@ def record_config(config: Config, accelerator: Accelerator) -> None:
 
 
 def open_shards(config: Config, split: str, accelerator: Accelerator) -> ShardSet:
-    """The split of the set that the config names; procedural pets, drawn once into a cache, where it names none."""
-    path = config.data.path
-    if path is None:
+    """A split of the set that the config names.
+
+    Procedural pets are drawn, and what is no set of shards is packed, once into a cache. A source's validation split
+    stands in for a test split that it has not.
+    """
+    data = config.data
+    if data.path is None:
         path = procedural_pets(max(config.views.size), accelerator)
+    elif is_packed(data.path):
+        path = Path(data.path).expanduser()
+    else:
+        options = SourceOptions(columns=Columns(**data.columns.model_dump()), hf_config=data.hf_config)
+        found = _pack_once(accelerator, data.path, options, data.test_fraction)
+        path = found.path
+        if split == "test" and found.test_split is not None:
+            split = found.test_split
     shards = ShardSet.open(path, split)
     shards.check_sizes()
     return shards
+
+
+@lru_cache(maxsize=4)  # by session: a source that changes under a run is noticed by the next one
+def _pack_once(accelerator: Accelerator, src: str, options: SourceOptions, test_fraction: float) -> Packed:
+    found: list[Packed | None] = [None]
+    with _wait_for_rank_0(accelerator) as group:
+        if accelerator.is_main_process:
+            found[0] = packed(
+                src,
+                options,
+                test_fraction=test_fraction,
+                say=accelerator.print,
+                progress=lambda split: progress(f"packing {split}"),
+            )
+        if group is not None:
+            torch.distributed.broadcast_object_list(found, src=0, group=group)
+    assert found[0] is not None
+    if not found[0].path.is_dir():
+        raise BadInput(
+            f"{found[0].path} is not seen by this machine: set XDG_CACHE_HOME to a folder that all machines of the job "
+            "share, or pack with `foreseen data pack`"
+        )
+    for note in found[0].notes:
+        accelerator.print(note)
+    return found[0]
+
+
+@contextmanager
+def _wait_for_rank_0(accelerator: Accelerator) -> Iterator[Any]:
+    """A group of all ranks whose others are patient while rank 0 packs; None where it is alone."""
+    if accelerator.num_processes == 1:
+        yield None
+        return
+    group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    yield group
+    torch.distributed.destroy_process_group(group)
 
 
 def procedural_pets(size: int, accelerator: Accelerator) -> Path:
     """A cached set of procedural pets of a size in pixels."""
     from foreseen.data.procedural import write_procedural_pets
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "foreseen"
-    path = cache / f"procedural-pets-{size}px"
+    path = cache_folder() / f"procedural-pets-{size}px"
     if accelerator.is_main_process and not (path / "manifest.json").is_file():
         accelerator.print(f"data.path is null: drawing {_PROCEDURAL_TRAIN} procedural pets into {path}")
         write_procedural_pets(path, train=_PROCEDURAL_TRAIN, test=_PROCEDURAL_TEST, size=size, seed=0, workers=None)

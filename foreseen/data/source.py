@@ -1,13 +1,20 @@
-"""What `pack` takes: samples that say where their bytes lie, and a folder of pictures listed as such."""
+"""What `pack` takes: samples that say where their bytes lie, and a folder of pictures listed as such.
 
+The kinds of sources stand beside this file: `folder.py`, `table.py` (CSV) and `hugging_face.py`; `open_source.py` tells
+them apart. Each answers with `Splits`.
+"""
+
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, Self, overload
 
 import numpy as np
 
+from foreseen.data.shards import CorruptSample
 from foreseen.errors import BadInput
 
 IMAGE_SUFFIXES = frozenset(
@@ -15,6 +22,17 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 Box = tuple[int, int, int, int]
+
+
+class Encoded(Protocol):
+    """Bytes that can be had when they are needed; sent to worker processes, so small."""
+
+    @property
+    def size(self) -> int:
+        """How many they are, before they are read."""
+
+    def read(self) -> bytes:
+        """The bytes; raises CorruptSample or OSError where they cannot be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +50,18 @@ class Blob:
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """A picture that a list names and that is not there: packed as unreadable, so that it is counted and named."""
+
+    reason: str
+    size: int = 0
+
+    def read(self) -> bytes:
+        """Raises CorruptSample with the reason."""
+        raise CorruptSample(self.reason)
+
+
+@dataclass(frozen=True, slots=True)
 class SourceSample:
     """One picture and what is known of it. All samples of a split have the same keys in `meta`, `boxes` and `masks`.
 
@@ -45,18 +75,65 @@ class SourceSample:
     """
 
     name: str
-    image: Blob
+    image: Encoded
     label: int | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     boxes: Mapping[str, Box | None] = field(default_factory=dict)
     masks: Mapping[str, Blob] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Splits:
+    """What a source holds, ready to be packed.
+
+    Attributes:
+        splits: samples of each split by its name; one called "train" where the source names none.
+        are_named: the source itself tells its splits apart.
+        classes: names of the labels' classes, the same for all splits; None without labels.
+        notes: what was passed over, in words.
+        licence: terms of the pictures, where the source says them.
+    """
+
+    splits: Mapping[str, Sequence[SourceSample]]
+    are_named: bool
+    classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    licence: str | None = None
+
+    def choose(self, split: str | None) -> Mapping[str, Sequence[SourceSample]]:
+        """The splits to pack under their names: all, or the one that is asked for, which names one that has no name.
+
+        Raises:
+            BadInput: there is no such split.
+        """
+        if split is None:
+            return self.splits
+        if not self.are_named:
+            return {split: next(iter(self.splits.values()))}
+        if split not in self.splits:
+            raise BadInput(f"--split is {split!r}, the source has {', '.join(self.splits)}")
+        return {split: self.splits[split]}
+
+
+class Source(Protocol):
+    """Pictures that somebody keeps in some form."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in manifests and file names."""
+
+    def digest(self) -> str:
+        """Changes when the source does; costs a look at its files, not at their bytes."""
+
+    def read(self, classes: tuple[str, ...] | None = None) -> Splits:
+        """List it, with the class names of the set that it joins, if any; raises BadInput where that cannot be done."""
+
+
 class FolderListing(Sequence[SourceSample]):
     """The pictures below a folder, sorted by name.
 
     Attributes:
-        classes: with labels="folder", the names of the folders, sorted; else None.
+        classes: the names of the class folders, sorted; None without labels.
         skipped: files that were passed over because their suffix is not of a picture.
     """
 
@@ -65,22 +142,18 @@ class FolderListing(Sequence[SourceSample]):
 
         Args:
             root: folder, searched to any depth. Hidden files and folders (`._*` of macOS too) are passed over.
-            labels: "none", or "folder": the first folder below root names the class.
+            labels: "none", or "folder": the first folder below root names the class; "auto" is "folder" where every
+                picture lies in one.
             classes: with "folder", the class names of the set that this split joins; found by themselves if None.
 
         Raises:
             BadInput: the folder is missing or has no pictures, or a picture has no class of the set.
         """
         self.root = Path(root)
-        if labels not in ("none", "folder"):
+        if labels not in ("none", "folder", "auto"):
             raise BadInput(f"--labels is {labels!r}, it must be none or folder")
-        if not self.root.is_dir():
-            raise BadInput(f"{root} is not a folder" if self.root.exists() else f"{root} does not exist")
-        try:
-            found = sorted(_walk(str(self.root), "", set()))
-        except PermissionError as error:
-            raise BadInput(f"{error.filename} may not be read: change its permissions") from None
-        pictures = [(name, size) for name, size in found if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        found = sorted((file.name, file.size) for file in walk(self.root))
+        pictures = [(name, size) for name, size in found if is_picture(name)]
         self.skipped = len(found) - len(pictures)
         if not pictures:
             holds = f"holds {len(found):,} files, none of them" if found else "is empty: it needs"
@@ -88,7 +161,7 @@ class FolderListing(Sequence[SourceSample]):
         self._names = [name for name, _ in pictures]
         self._sizes = np.array([size for _, size in pictures], dtype=np.int64)
         self.classes: tuple[str, ...] | None = None
-        if labels == "folder":
+        if labels == "folder" or (labels == "auto" and all("/" in name for name in self._names)):
             self.classes = classes or tuple(sorted({_class_of(name, self.root) for name in self._names}))
             self._numbers = {name: number for number, name in enumerate(self.classes)}
             unknown = sorted({_class_of(name, self.root) for name in self._names} - set(self.classes))
@@ -119,8 +192,49 @@ def _class_of(name: str, root: Path) -> str:
     return folder
 
 
-def _walk(root: str, below: str, above: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
-    """Names and sizes of all files; links to folders are followed unless they lead back up."""
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file: its path as it is called, bytes, and when it changed last."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def look(cls, file: Path) -> Self:
+        """What the file system says of a file."""
+        found = file.stat()
+        return cls(file.name, found.st_size, found.st_mtime_ns)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends as a picture's does."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def walk(root: Path) -> Iterator[FoundFile]:
+    """All files below a folder but hidden ones; links to folders are followed unless they lead back up.
+
+    Raises:
+        BadInput: it is no folder, or one below may not be read.
+    """
+    if not root.is_dir():
+        raise BadInput(f"{root} is not a folder" if root.exists() else f"{root} does not exist")
+    try:
+        yield from _walk(str(root), "", set())
+    except PermissionError as error:
+        raise BadInput(f"{error.filename} may not be read: change its permissions") from None
+
+
+def digest_files(files: Iterable[FoundFile]) -> str:
+    """Changes when a file is added, removed, renamed, written or of another length."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(f"{json.dumps(file.name)} {file.size} {file.mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _walk(root: str, below: str, above: set[tuple[int, int]]) -> Iterator[FoundFile]:
     folder = os.stat(os.path.join(root, below))
     if (here := (folder.st_dev, folder.st_ino)) in above:
         return
@@ -132,4 +246,5 @@ def _walk(root: str, below: str, above: set[tuple[int, int]]) -> Iterator[tuple[
             if entry.is_dir():
                 yield from _walk(root, name, above | {here})
             elif entry.is_file():
-                yield name, entry.stat().st_size
+                found = entry.stat()
+                yield FoundFile(name, found.st_size, found.st_mtime_ns)

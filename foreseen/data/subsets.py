@@ -1,16 +1,17 @@
-"""Which labelled samples fine-tuning trains on and chooses by: a validation split cut from train, and k-shot subsets.
+"""Which labelled samples are set aside: a test split cut from a source that has none, validation, and k-shot subsets.
 
-Each class is put in an order keyed by the seed; the first of it are validation, the next ones training. So the
-validation split does not depend on k, and the k-shot subset of a seed contains those of all smaller k.
+Each class is put in a keyed order; the first of it are set aside, the next ones are for training. So the validation
+split does not depend on k, and the k-shot subset of a seed contains those of all smaller k.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foreseen.errors import BadInput
-from foreseen.keys import sample_keys, subkeys
+from foreseen.keys import Keys, name_keys, sample_keys, subkeys
 
 Samples = NDArray[np.int64]
 
@@ -40,10 +41,9 @@ def labelled_subsets(
     labelled = np.flatnonzero(labels >= 0)
     if not len(labelled):
         raise BadInput("no sample of data.split has a label; fine-tuning needs some, give them when packing")
-    order = labelled[np.lexsort((subkeys(sample_keys(seed, labelled), "labelled subset"), labels[labelled]))]
-    classes, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    place = np.arange(len(order)) - np.repeat(starts, counts)
-    held_out = np.minimum(np.maximum(np.rint(counts * validation_fraction), 1), counts - 1).astype(np.int64)
+    by_class = _in_classes(labels, labelled, subkeys(sample_keys(seed, labelled), "labelled subset"))
+    classes, counts = by_class.classes, by_class.counts
+    held_out = _share(counts, validation_fraction)
     left = counts - held_out
     if shots is not None and left.min() < shots:
         short = int(left.argmin())
@@ -51,6 +51,55 @@ def labelled_subsets(
             f"class {classes[short]} has {left[short]} training samples ({counts[short]} labelled, {held_out[short]} "
             f"of them for validation) and data.shots is {shots}; lower data.shots to {left[short]} or label more"
         )
-    first = np.repeat(held_out, counts)
-    last = np.repeat(counts if shots is None else held_out + shots, counts)
-    return Subsets(train=np.sort(order[(place >= first) & (place < last)]), validation=np.sort(order[place < first]))
+    train, validation = by_class.split(held_out, None if shots is None else held_out + shots)
+    return Subsets(train, validation)
+
+
+def cut_test(labels: NDArray[np.integer], names: Sequence[str], fraction: float) -> tuple[Samples, Samples]:
+    """Set a share of each class aside as the test split, for good.
+
+    The order within a class is keyed by the samples' names and no seed, so runs agree on it, and samples that are added
+    later leave nearly all others where they were.
+
+    Args:
+        labels: class of each sample, [N]; samples with -1 stay in train.
+        names: of the samples, [N].
+        fraction: share of each class, rounded; at least one of each class that has two, none of one that has one.
+
+    Returns:
+        The samples of train and those of test, each rising.
+    """
+    keys = subkeys(name_keys(names), "test split")
+    labelled = np.flatnonzero(labels >= 0)
+    by_class = _in_classes(labels, labelled, keys[labelled])
+    train, test = by_class.split(_share(by_class.counts, fraction), None)
+    return np.sort(np.concatenate([train, np.flatnonzero(labels < 0)])), test
+
+
+@dataclass(frozen=True)
+class _InClasses:
+    """Samples class by class, [N]; the classes' numbers and how many each has, [K]."""
+
+    order: Samples
+    classes: NDArray[np.integer]
+    counts: Samples
+
+    def split(self, held_out: Samples, until: Samples | None) -> tuple[Samples, Samples]:
+        """Those of each class from place `held_out` to `until` (or the end), and those before, each sorted."""
+        starts = np.cumsum(self.counts) - self.counts
+        place = np.arange(len(self.order)) - np.repeat(starts, self.counts)
+        first = np.repeat(held_out, self.counts)
+        last = np.repeat(self.counts if until is None else until, self.counts)
+        return np.sort(self.order[(place >= first) & (place < last)]), np.sort(self.order[place < first])
+
+
+def _in_classes(labels: NDArray[np.integer], samples: Samples, keys: Keys) -> _InClasses:
+    order = samples[np.lexsort((keys, labels[samples]))]
+    classes, counts = np.unique(labels[order], return_counts=True)
+    return _InClasses(order, classes, counts.astype(np.int64))
+
+
+def _share(counts: Samples, fraction: float) -> Samples:
+    """How many of each class are set aside: a rounded share, one at least, but never all of it."""
+    shares: Samples = np.minimum(np.maximum(np.rint(counts * fraction), 1), counts - 1).astype(np.int64)
+    return shares

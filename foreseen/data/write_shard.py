@@ -23,7 +23,7 @@ from PIL import Image
 
 from foreseen.data.decode import MAX_BYTES, DecodeError, decode
 from foreseen.data.shards import TAR_BLOCK, CorruptSample
-from foreseen.data.source import Blob, Box, SourceSample
+from foreseen.data.source import Box, Encoded, SourceSample
 from foreseen.data.tars import scan_tar
 from foreseen.files import write_atomically
 
@@ -142,7 +142,7 @@ def _make_members(
     return {job.image: data, "json": json.dumps(facts).encode(), **masks}, statistics
 
 
-def _read(blob: Blob) -> bytes:
+def _read(blob: Encoded) -> bytes:
     if blob.size > MAX_BYTES:
         raise DecodeError(f"it has {blob.size:,} bytes, more than the {MAX_BYTES:,} allowed")
     return blob.read()

@@ -1,0 +1,52 @@
+"""Labels as people write them, to class numbers: names are sorted, whole numbers keep their order."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreseen.errors import BadInput
+
+_WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")  # spreadsheets write 3 as 3.0 where a cell of the column is empty
+
+
+def number_labels(
+    values: Sequence[str | None], where: str, classes: tuple[str, ...] | None = None
+) -> tuple[NDArray[np.int32], tuple[str, ...]]:
+    """Give each class a number.
+
+    Args:
+        values: one label a sample; None, an empty one and, among whole numbers, -1 mean unlabelled.
+        where: what to call the column in a message; its rows are counted from 2, below the head.
+        classes: the names that there are; those that occur if None.
+
+    Returns:
+        Class number of each sample, [N] int32, -1 where unlabelled; and the names of the classes.
+
+    Raises:
+        BadInput: no sample has a label, or some are numbers and some are names, or one is not among `classes`.
+    """
+    texts = ["" if value is None else value.strip() for value in values]
+    written = [text for text in texts if text]
+    if not written:
+        raise BadInput(f"{where} holds no label: fill it in, or name another column")
+    are_numbers = [_WHOLE.fullmatch(text) is not None for text in written]
+    if all(are_numbers):
+        texts = ["" if not text or int(float(text)) == -1 else str(int(float(text))) for text in texts]
+        names = [str(number) for number in sorted({int(text) for text in texts if text})]
+    elif any(are_numbers):
+        number, name = written[are_numbers.index(True)], written[are_numbers.index(False)]
+        raise BadInput(
+            f"{where} mixes numbers (row {texts.index(number) + 2}: {number!r}) and names (row "
+            f"{texts.index(name) + 2}: {name!r}): write all labels as names, or all as whole numbers"
+        )
+    else:
+        names = sorted(set(written))
+    if not names:
+        raise BadInput(f"{where} holds no label but -1, which means unlabelled: fill it in, or name another column")
+    classes = classes or tuple(names)
+    if unknown := [name for name in names if name not in set(classes)]:
+        raise BadInput(f"{where} has a class {unknown[0]!r} that the set does not have: {', '.join(classes)}")
+    numbers = {name: number for number, name in enumerate(classes)}
+    return np.array([numbers.get(text, -1) for text in texts], dtype=np.int32), classes

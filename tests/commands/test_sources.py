@@ -1,0 +1,248 @@
+"""Runs straight from pictures, through the real commands: packed once behind the scenes, and anew after a change."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from foreseen import cli
+from foreseen.data.manifest import read_manifest
+from foreseen.data.shards import ShardSet
+from foreseen.errors import BadInput
+
+Recipe = Callable[..., list[str]]
+TINY = {"run__steps": 2, "optim__warmup_steps": 1, "batch__global_size": 8}
+SCRATCH = {**TINY, "model__init_from": "null", "model__name": "vit_tiny_patch16_224", "data__shots": 3}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import datasets
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
+    return tmp_path / "cache" / "foreseen"
+
+
+@pytest.fixture
+def pictures(picture_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(picture_folder, tmp_path / "pictures")
+
+
+def foreseen(*arguments: object) -> str:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*arguments: object) -> str:
+    with pytest.raises(BadInput) as error:
+        CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return str(error.value)
+
+
+def result(run: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+
+def write_csv(file: Path, pictures: Path) -> Path:
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        names = sorted(pictures.rglob("*.jpg"))
+        csv.writer(out).writerows([["file", "breed"], *([name, name.parent.name] for name in names)])
+    return file
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "hf"])
+def test_finetuning_straight_from_pictures_packs_them_once(
+    kind: str, pictures: Path, recipe: Recipe, tmp_path: Path, cache: Path
+) -> None:
+    src = {"folder": str(pictures), "csv": str(write_csv(tmp_path / "list.csv", pictures)), "hf": f"hf:{pictures}"}[
+        kind
+    ]
+    said = foreseen("finetune", "cpu_minutes", *recipe(**SCRATCH, data__path=src))
+    (folder,) = cache.glob("packed-*")
+    assert f"packing 37 pictures of {src} into {folder}, once" in said
+    assert f"{src} has no test split: 0.2 of each class, 7 pictures, are set aside as one" in said
+    assert result(tmp_path / "run")["test"]["count"] == 7
+    manifest = read_manifest(folder)
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 30, "test": 7}
+    assert manifest.classes == ("a", "b", "c")
+    before = stamps(folder)
+    said = foreseen("finetune", "cpu_minutes", *recipe(**SCRATCH, data__path=src, run__dir=tmp_path / "again"))
+    assert "packing" not in said
+    assert "has no test split" in said
+    assert stamps(folder) == before
+    assert result(tmp_path / "again")["test"] == result(tmp_path / "run")["test"]
+
+
+def test_a_changed_folder_is_packed_anew_and_keeps_its_test_pictures(
+    pictures: Path, recipe: Recipe, tmp_path: Path, cache: Path
+) -> None:
+    foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures))
+    (first,) = cache.glob("packed-*")
+    shutil.copy(pictures / "a" / "picture 0.jpg", pictures / "a" / "picture 40.jpg")
+    said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures, run__dir=tmp_path / "more"))
+    assert "packing 38 pictures" in said
+    (second,) = set(cache.glob("packed-*")) - {first}
+    old, new = ({*_names(folder, "test")} for folder in (first, second))
+    assert len(old - new) <= 1
+    assert "changed since the checkpoint" in refused(
+        "pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures)
+    )
+    os.utime(pictures / "a" / "picture 0.jpg", (1, 1))
+    said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures, run__dir=tmp_path / "most"))
+    assert "packing 38 pictures" in said
+    assert len(list(cache.glob("packed-*"))) == 3
+    assert not list(cache.glob("*.part"))
+
+
+def _names(folder: Path, split: str) -> list[str]:
+    import tarfile
+
+    names = []
+    for file in folder.glob(f"{split}-*.tar"):
+        with tarfile.open(file) as tar:
+            names += [json.load(tar.extractfile(info))["path"] for info in tar if info.name.endswith("json")]  # type: ignore[arg-type]
+    return names
+
+
+def test_pretraining_and_finetuning_share_the_cache_and_hold_the_same_pictures_out(
+    pictures: Path, recipe: Recipe, tmp_path: Path, cache: Path
+) -> None:
+    assert "packing 37" in foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures))
+    said = foreseen(
+        "finetune", "cpu_minutes",
+        *recipe(**TINY, data__path=pictures, data__shots=3, run__dir=tmp_path / "tuned",
+                model__init_from=tmp_path / "run" / "encoder"),
+    )  # fmt: skip
+    assert "packing" not in said
+    lineage = json.loads((tmp_path / "tuned/encoder/lineage.json").read_text(encoding="utf-8"))
+    assert lineage["data"]["samples"] == 30
+    assert lineage["data"]["source"] == "pictures"
+
+
+def test_a_source_with_val_alone_is_scored_on_it(
+    picture_folder: Path, recipe: Recipe, tmp_path: Path, cache: Path
+) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(picture_folder, tmp_path / "set" / split)
+    said = foreseen("finetune", "cpu_minutes", *recipe(**SCRATCH, data__path=tmp_path / "set"))
+    assert "has no split test: its val is read as the test split, once, at the end" in said
+    assert result(tmp_path / "run")["test"]["count"] == 37
+    said = refused("finetune", "cpu_minutes", *recipe(**SCRATCH, data__path=tmp_path / "set", data__split="trian"))
+    assert "has no split 'trian', it has train, val; did you mean train?" in said
+
+
+def test_nothing_is_cut_where_it_is_not_wanted_or_there_are_no_labels(
+    pictures: Path, recipe: Recipe, tmp_path: Path, cache: Path
+) -> None:
+    said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures, data__test_fraction=0))
+    assert "test split" not in said
+    (first,) = cache.glob("packed-*")
+    assert len(ShardSet.open(first, "train")) == 37
+    for file in list(pictures.rglob("*.jpg")):
+        file.rename(pictures / f"{file.parent.name} {file.name}")
+    said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures, run__dir=tmp_path / "flat"))
+    (second,) = set(cache.glob("packed-*")) - {first}
+    assert list(read_manifest(second).splits) == ["train"]
+    assert "has no labels" in refused("finetune", "cpu_minutes", *recipe(**SCRATCH, data__path=pictures))
+
+
+def test_classes_with_a_single_picture_are_named(pictures: Path, recipe: Recipe, tmp_path: Path, cache: Path) -> None:
+    for file in sorted((pictures / "b").iterdir())[1:]:
+        file.unlink()
+    said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures))
+    assert "1 classes of" in said
+    assert "have a single picture, such as 'b': it stays in train" in said
+    shutil.rmtree(pictures / "a")
+    shutil.rmtree(pictures / "c")
+    more = {**TINY, "run__dir": tmp_path / "more", "batch__global_size": 1}
+    said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**more, data__path=pictures))
+    assert "no class of" in said
+    assert "has two pictures, so no test split is cut from it" in said
+
+
+def test_unreadable_pictures_are_left_out_and_listed(pictures: Path, recipe: Recipe, cache: Path) -> None:
+    (pictures / "a" / "bad.jpg").write_text("<html>")
+    said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures))
+    (folder,) = cache.glob("packed-*")
+    assert "1 pictures of t" in said
+    assert "such as a/bad.jpg: it is no picture" in said
+    (listed,) = folder.glob("*.unreadable.txt")
+    assert str(listed) in said
+
+
+def test_what_cannot_be_packed_is_a_sentence_and_leaves_no_set(
+    pictures: Path, recipe: Recipe, tmp_path: Path, cache: Path
+) -> None:
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.txt").touch()
+    assert "none of them pictures" in refused(
+        "pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=tmp_path / "none")
+    )
+    lost = tmp_path / "lost.csv"
+    lost.write_text("path,label\ngone.jpg,a\n")
+    said = refused("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=lost))
+    assert "1 of 1 pictures cannot be read, so nothing was packed; gone.jpg: row 2 of lost.csv names no file" in said
+    assert not list(cache.glob("packed-*/manifest.json"))
+    cache.chmod(0o500)
+    if not os.access(cache, os.W_OK):
+        said = refused("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures))
+        assert "set XDG_CACHE_HOME" in said
+    cache.chmod(0o700)
+
+
+def test_the_pack_command_takes_csvs_hugging_face_sets_and_split_folders(picture_folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        shutil.copytree(picture_folder, tmp_path / "set" / split)
+    out = tmp_path / "from_folder"
+    foreseen("data", "pack", tmp_path / "set", out, "--labels", "folder", "--workers", 1)
+    assert set(read_manifest(out).splits) == {"train", "test"}
+    file = write_csv(tmp_path / "list.csv", picture_folder)
+    said = foreseen("data", "pack", file, out, "--split", "extra", "--workers", 1)
+    assert "split extra" in said
+    assert read_manifest(out).classes == ("a", "b", "c")
+    hf = tmp_path / "from_hf"
+    foreseen("data", "pack", f"hf:{tmp_path / 'set'}", hf, "--workers", 1)
+    assert read_manifest(hf).classes == ("a", "b", "c")
+    assert (ShardSet.open(hf, "train").labels >= 0).all()  # type: ignore[operator]
+    (hf / "manifest.json").unlink()
+    foreseen("data", "pack", file, tmp_path / "bare", "--labels", "none", "--workers", 1)
+    assert ShardSet.open(tmp_path / "bare", "train").labels is None
+    assert "--image-column" in refused("data", "pack", file, tmp_path / "x", "--image-column", "nix")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_killed_packing_of_several_splits_goes_on(picture_folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        shutil.copytree(picture_folder, tmp_path / "set" / split)
+    pack = ("data", "pack", tmp_path / "set", tmp_path / "out", "--workers", 1)
+    foreseen(*pack, "--split", "train")  # as far as a killed one came
+    assert "split test" in foreseen(*pack)
+    assert "already has a split 'train'" in refused(*pack)
+
+
+@pytest.mark.slow
+def test_two_processes_wait_for_the_packing(pictures: Path, recipe: Recipe, tmp_path: Path, cache: Path) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    small = recipe(**TINY, data__path=pictures, batch__micro_size=4)
+    job = subprocess.run(
+        [sys.executable, *launcher, "-m", "foreseen", "pretrain", "mae_cpu_minutes", *small],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert job.stdout.count("packing 37 pictures") == 1
+    assert (tmp_path / "run/encoder/model.safetensors").is_file()
