@@ -15,9 +15,11 @@ import torch
 
 from foreseen.commands import pretrain
 from foreseen.commands.verbs import load_recipe
+from foreseen.engine.objective import Objective
 from foreseen.pretrain import methods
+from tests.documentation import arguments_of, read, split_job, typed_commands
 
-PAGE = (Path(__file__).parent.parent / "docs/add_a_method.md").read_text(encoding="utf-8")
+PAGE = read("docs/add_a_method.md")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 
@@ -47,7 +49,11 @@ def test_the_method_trains_and_its_encoder_loads_in_timm(
     inpaint: ModuleType, recipe: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     small = recipe(run__steps=60, run__log_every=10, optim__warmup_steps=5, batch__global_size=16, seed=1)
-    outcome = pretrain.run(load_recipe("pretrain", "inpaint.yaml", small))
+    (command,) = typed_commands("docs/add_a_method.md")
+    job = split_job(arguments_of(command))
+    assert job is not None
+    verb, name, overrides, _ = job
+    outcome = pretrain.run(load_recipe(verb, name, [*overrides, *small]))
     assert outcome.step == 60
     losses = [json.loads(line)["loss"] for line in Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert losses[-1] < 0.8 * losses[0]
@@ -63,7 +69,5 @@ def test_the_pages_own_test_passes(inpaint: ModuleType) -> None:
 
 def test_it_is_as_short_as_the_page_says_and_names_what_exists() -> None:
     assert len(PYTHON[0].splitlines()) < 80
-    from foreseen.engine.objective import Objective
-
     for name in re.findall(r"^\*\*(\w+)\(", PAGE, flags=re.MULTILINE):
         assert hasattr(Objective, name), name

@@ -1,0 +1,118 @@
+"""What the documentation tells a reader to type, and how a test runs it small."""
+
+import re
+import shlex
+from pathlib import Path
+
+from foreseen.commands.verbs import VERBS, Verb, load_recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+# Between them every command of a page: what no pattern covers fails the test.
+_ALLOWED = r"(pip install|tensorboard) .*"
+_RULES = {
+    "run": r"(foreseen|(\w+=\S+ )*accelerate launch) .*",
+    "make": r"make \w+",
+    "sbatch": r"sbatch .*",
+    "not ours": _ALLOWED,
+}
+
+
+def read(page: str) -> str:
+    """The text of a page."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def typed_commands(page: str) -> list[str]:
+    """The lines of a page's code blocks without a language, in order, without comments."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", read(page), flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(code for language, code in blocks if language in ("", "sh", "bash")).splitlines()
+    return [command for line in lines if (command := line.partition("  #")[0].strip())]
+
+
+def inline_commands(page: str) -> list[str]:
+    """Commands within sentences and tables, but for synopses with their PLACEHOLDERS."""
+    quoted = re.findall(r"`((?:foreseen |python benchmarks/|make )[^`\n]+)`", read(page))
+    return [command for command in quoted if not re.search(r"\b[A-Z]{3,}\b|\.\.\.", command)]
+
+
+def head_commands(path: Path) -> list[str]:
+    """Commands in the comments of a recipe."""
+    lines = [line.removeprefix("#   ") for line in path.read_text(encoding="utf-8").splitlines() if line[:4] == "#   "]
+    return [line for line in lines if re.fullmatch(_RULES["run"], line)]
+
+
+def rule_of(command: str) -> str:
+    """Which rule covers a command.
+
+    Raises:
+        AssertionError: none does.
+    """
+    for rule, pattern in _RULES.items():
+        if re.fullmatch(pattern, command):
+            return rule
+    raise AssertionError(f"no rule of tests/documentation.py covers {command!r}")
+
+
+def arguments_of(command: str) -> list[str]:
+    """Arguments of `foreseen` in a plain or a launched command."""
+    return shlex.split(re.sub(r"^.* -m foreseen ", "foreseen ", command))[1:]
+
+
+def launcher_arguments(command: str) -> list[str] | None:
+    """Arguments of `accelerate launch` in a launched command, else None."""
+    launched = re.match(r"(?:\w+=\S+ )*accelerate launch (.*)", command)
+    return shlex.split(launched[1]) if launched else None
+
+
+def split_job(arguments: list[str]) -> tuple[Verb, str, list[str], list[str]] | None:
+    """Verb, recipe, overrides and options of a command that trains; None for others."""
+    verb = next((verb for verb in VERBS if verb == arguments[0]), None)
+    if verb is None:
+        return None
+    overrides = [word for word in arguments[2:] if re.match(r"[\w.]+=", word)]
+    return verb, arguments[1], overrides, [word for word in arguments[2:] if word not in overrides]
+
+
+def check_job(arguments: list[str]) -> None:
+    """Load the recipe of a command that trains, with its overrides."""
+    job = split_job(arguments) if len(arguments) > 1 else None
+    if job is not None:
+        verb, recipe, overrides, _ = job
+        load_recipe(verb, recipe, overrides)
+
+
+def shrunk(arguments: list[str], shards: Path, archives: Path) -> list[str]:
+    """The same command on stand-in data, in seconds.
+
+    Args:
+        arguments: of `foreseen`.
+        shards: a small labelled set, for a recipe that would draw or look for a larger one.
+        archives: of a small Oxford-IIIT Pet.
+    """
+    if arguments[:2] == ["data", "pets"]:
+        return [*arguments[:3], "--from", str(archives), "--workers", "1"]
+    if arguments[:2] == ["data", "pack"]:
+        return [*arguments, "--workers", "1"]
+    job = split_job(arguments)
+    if job is None:
+        return arguments
+    verb, recipe, overrides, options = job
+    config = load_recipe(verb, recipe, overrides)
+    named = re.search(r"patch(\d+)", config.model.name or "")
+    patch = int(config.model.args.get("patch_size", named[1] if named else 8))
+    smaller: dict[str, object] = {
+        "run.steps": 2, "run.epochs": "null", "optim.warmup_steps": 1, "optim.warmup_epochs": "null",
+        "batch.global_size": 4, "batch.micro_size": "null", "data.workers": 0, "compute.precision": "fp32",
+        "views.size": 4 * patch, "model.args": "{embed_dim: 48, depth: 2, num_heads: 3}",
+    }  # fmt: skip
+    if config.data.path is None:
+        smaller["data.path"] = shards
+    if verb == "pretrain":
+        smaller["method.decoder"] = "{embed_dim: 32, depth: 1, num_heads: 2}"
+    else:
+        smaller |= {"data.shots": 2, "data.validation_fraction": 0.2}
+    if "--seeds" in options:
+        options[options.index("--seeds") + 1] = "1"
+    return [verb, recipe, *overrides, *(f"{key}={value}" for key, value in smaller.items()), *options]
