@@ -178,6 +178,9 @@ class Optim(Section):
     """Largest global gradient norm; null never clips."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Each layer's lr is this times the next one's, towards the input; the head keeps the full lr."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """What an average of the weights keeps of itself at each step, such as 0.9999; the average is what is scored and
+    handed over. Null keeps none."""
 
 
 class BatchSize(Section):
@@ -192,8 +195,19 @@ class BatchSize(Section):
 class Compute(Section):
     """How the arithmetic is done."""
 
-    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
-    """bf16 is autocast with fp32 weights."""
+    precision: Literal["bf16", "fp16", "fp32", "fp64"] = "bf16"
+    """bf16 and fp16 are autocast with fp32 weights; fp16 scales its loss, for devices that have no bf16."""
+    compile: bool | str = False
+    """Compile the repeated blocks of all networks: true takes torch.compile's inductor, a name another backend. It pays
+    on a GPU in runs of more than some minutes; results stay but for rounding."""
+    checkpoint_activations: bool = False
+    """Keep only what goes into each block and compute the rest again in the backward pass: about a third slower, much
+    less memory, the same results."""
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of torch.compile; None where nothing is compiled."""
+        return "inductor" if self.compile is True else self.compile or None
 
 
 class MethodOptions(Section):

@@ -25,6 +25,13 @@ def _load(*overrides: str) -> Config:
         ("views.scale=[0.5,0.1]", "views.scale must be two rising shares"),
         ("run.epochs=null", "run.steps and run.epochs are both null"),
         ("model.img_size=96", r"model.img_size \[96, 96\] differs from views.size \[224, 224\]"),
+        ("compute.precision=fp8", "compute.precision should be 'bf16', 'fp16', 'fp32' or 'fp64', got 'fp8'"),
+        (
+            "compute.checkpoint_activations=some",
+            "compute.checkpoint_activations should be a valid boolean.* got 'some'",
+        ),
+        ("optim.ema_decay=1", "optim.ema_decay should be less than 1, got 1"),
+        ("compute.compil=true", "unknown key 'compute.compil' .*'compute.compile'"),
         ("run", "'run' is no override; write key=value"),
         ("run.dir=${nowhere}", "cannot be read"),
     ],
@@ -78,6 +85,13 @@ def test_epochs_and_steps_are_both_shown_once_the_data_is_known(tmp_path: Path) 
     path = tmp_path / "resolved.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     assert load_recipe("pretrain", str(path), []).model_dump() == config.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("value", "backend"), [("false", None), ("true", "inductor"), ("aot_eager", "aot_eager"), ("''", None)]
+)
+def test_compile_is_a_yes_or_the_name_of_a_backend(value: str, backend: str | None) -> None:
+    assert _load(f"compute.compile={value}").compute.backend == backend
 
 
 def test_a_warmup_longer_than_the_run_is_refused() -> None:

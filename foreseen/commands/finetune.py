@@ -101,7 +101,7 @@ def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: in
     from foreseen.handoff.lineage import describe_lineage
 
     config, objective = job.config, job.objective
-    objective.load_state_dict(load_best(job, outcome).model)
+    objective.load_state_dict(load_best(job, outcome).handed_over)
     result = _score(job, outcome, accelerator, size)
     if not accelerator.is_main_process:
         return
@@ -114,8 +114,6 @@ def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: in
 
 def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int) -> dict[str, Any]:
     import json
-
-    import torch
 
     from foreseen.commands.session import open_shards
     from foreseen.data.loader import BatchBuilder, SweepDataset
@@ -136,10 +134,9 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
         request = job.objective.evaluation_request()
         judge = BatchBuilder(shards, request, config.seed, fast_decode=config.data.fast_decode)
         ranks, rank = accelerator.num_processes, accelerator.process_index
-        dtype = torch.float64 if config.compute.precision == "fp64" else torch.float32
         sweep = SweepDataset(judge, size, rank=rank, ranks=ranks)
         result["test_data"] = shards.fingerprint
-        result["test"] = evaluate(job.objective, sweep, accelerator, workers=config.data.workers, dtype=dtype)
+        result["test"] = evaluate(job.objective, sweep, accelerator, config.compute, workers=config.data.workers)
     except BadInput as error:
         accelerator.print(f"no test score: {error}")
     else:

@@ -75,9 +75,7 @@ class BatchLayout:
     def __post_init__(self) -> None:
         share = self.ranks * self.micro_size
         if self.global_size < 1 or self.micro_size < 1 or self.global_size % share:
-            sizes = [
-                m for m in range(1, self.global_size // self.ranks + 1) if self.global_size % (self.ranks * m) == 0
-            ]
+            sizes = self.micro_sizes
             raise BadInput(
                 f"batch.global_size {self.global_size} is not a multiple of {self.ranks} ranks × "
                 f"batch.micro_size {self.micro_size} = {share}; "
@@ -87,6 +85,12 @@ class BatchLayout:
                     else f"set batch.global_size to a multiple of {self.ranks}"
                 )
             )
+
+    @property
+    def micro_sizes(self) -> list[int]:
+        """All micro sizes that fit the global batch and the ranks, rising."""
+        most = self.global_size // self.ranks
+        return [size for size in range(1, most + 1) if self.global_size % (self.ranks * size) == 0]
 
     @property
     def accumulation(self) -> int:

@@ -36,6 +36,12 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    average: dict[str, Tensor] | None = None
+
+    @property
+    def handed_over(self) -> dict[str, Tensor]:
+        """The model's state with the average in the place of the weights, where the run keeps one."""
+        return {**self.model, **(self.average or {})}
 
 
 class Checkpoints:
@@ -57,9 +63,16 @@ class Checkpoints:
                 shutil.rmtree(leftover)
 
     def save(
-        self, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
+        self, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any],
+        average: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Publish the checkpoint of a step, then drop those that retention no longer keeps.
+
+        Args:
+            step: updates made.
+            model, optimizer: tensors by name.
+            state: plain values.
+            average: of the weights, for runs that keep one.
 
         Raises:
             BadInput: the disk is full or read-only; older checkpoints are intact.
@@ -72,6 +85,8 @@ class Checkpoints:
             temporary.mkdir()
             save_file(_separate(model), temporary / "model.safetensors")
             save_file(_separate(optimizer), temporary / "optimizer.safetensors")
+            if average is not None:
+                save_file(_separate(average), temporary / "average.safetensors")
             (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=2), encoding="utf-8")
             manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=2), encoding="utf-8")
@@ -114,11 +129,13 @@ class Checkpoints:
     def load(self, step: int) -> Checkpoint:
         """Read the checkpoint of a step, onto the CPU."""
         folder = self.folder / f"step-{step}"
+        average = folder / "average.safetensors"
         return Checkpoint(
             step=step,
             model=load_file(folder / "model.safetensors"),
             optimizer=load_file(folder / "optimizer.safetensors"),
             state=json.loads((folder / "state.json").read_text(encoding="utf-8")),
+            average=load_file(average) if average.is_file() else None,
         )
 
     @property

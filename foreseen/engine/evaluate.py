@@ -3,14 +3,16 @@
 import torch
 from accelerate import Accelerator
 
+from foreseen.config import Compute
 from foreseen.data.loader import SweepDataset, load
 from foreseen.data.views import finish
+from foreseen.engine.launch import autocast, image_dtype
 from foreseen.engine.objective import Objective, all_reduce_sum
 from foreseen.errors import BadInput
 
 
 def evaluate(
-    objective: Objective, sweep: SweepDataset, accelerator: Accelerator, *, workers: int, dtype: torch.dtype
+    objective: Objective, sweep: SweepDataset, accelerator: Accelerator, compute: Compute, *, workers: int
 ) -> dict[str, float]:  # fmt: skip
     """Mean of each number that `objective.evaluate` sums, over all samples of all ranks, and their "count".
 
@@ -19,17 +21,17 @@ def evaluate(
     Args:
         objective: not wrapped; put into evaluation mode for the time.
         sweep: this rank's share of the samples.
-        accelerator: gives device and autocast.
+        accelerator: gives the device.
+        compute: the config's section, for the precision.
         workers: loader processes.
-        dtype: of the images.
     """
     request = objective.evaluation_request()
     was_training = objective.training
     objective.eval()
     sums: dict[str, torch.Tensor] = {}
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad(), autocast(accelerator, compute):
         for batch in load(sweep, range(len(sweep)), workers=workers, pin_memory=accelerator.device.type == "cuda"):
-            numbers = objective.evaluate(finish(batch, request, accelerator.device, dtype))
+            numbers = objective.evaluate(finish(batch, request, accelerator.device, image_dtype(compute)))
             for name, value in {**numbers, "unreadable": torch.tensor(len(batch.problems))}.items():
                 zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
                 sums[name] = sums.get(name, zero) + value.to(accelerator.device)

@@ -1,5 +1,6 @@
 """The start of a process: accelerate's view of the machine, and the arithmetic chosen for its device."""
 
+import contextlib
 import logging
 import os
 import warnings
@@ -11,11 +12,17 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from foreseen.config import Compute
+from foreseen.engine.compiled import check_backend, compile_blocks
 from foreseen.engine.objective import Objective
 from foreseen.engine.run_folder import cpu_info
+from foreseen.errors import BadInput
+from foreseen.models.blocks import repeated_blocks
+from foreseen.models.recompute import recompute_activations
 
 _logger = logging.getLogger(__name__)
 _FP32_ERROR = 2e-6  # relative; what float32 products of this size lose anyway, with room
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FAST_ON_A_CPU = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "fphp"}}
 
 
 def start(compute: Compute) -> Accelerator:
@@ -23,25 +30,55 @@ def start(compute: Compute) -> Accelerator:
 
     Args:
         compute: the config's section.
+
+    Raises:
+        BadInput: torch has no such backend as `compute.compile` names.
     """
+    if compute.backend is not None:
+        check_backend(compute.backend)
     # Buffers of our objectives are the same on every rank by construction; DDP need not send them each forward.
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if compute.precision == "bf16" else "no", kwargs_handlers=[buffers]
-    )
+    # Precision is ours: accelerate has no fp16 on a CPU, and its scaler waits for the device at every step.
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[buffers])
     if accelerator.device.type == "cpu" and compute.precision == "fp32":
         allow_fast_fp32()
-    if accelerator.device.type == "cpu" and compute.precision == "bf16" and accelerator.is_main_process:
-        _advise_on_bf16()
+    if accelerator.device.type == "cpu" and accelerator.is_main_process:
+        _advise_on(compute.precision)
     return accelerator
 
 
+def autocast(accelerator: Accelerator, compute: Compute) -> contextlib.AbstractContextManager[Any]:
+    """The precision that a run's networks compute in: for `prepare`, `forward`, `evaluate` and pictures alike."""
+    dtype = _AUTOCAST.get(compute.precision)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(accelerator.device.type, dtype)
+
+
+def image_dtype(compute: Compute) -> torch.dtype:
+    """What images are before autocast."""
+    return torch.float64 if compute.precision == "fp64" else torch.float32
+
+
 def place(objective: Objective, accelerator: Accelerator, compute: Compute) -> None:
-    """Move an objective to its device and choose the attention kernel that is fastest there."""
-    objective.to(device=accelerator.device)
-    if compute.precision == "fp64":
-        objective.double()
+    """Move an objective to its device and choose there how its networks compute.
+
+    Raises:
+        BadInput: something is asked of the networks' repeated blocks, and they have none.
+    """
+    objective.to(device=accelerator.device, dtype=torch.float64 if compute.precision == "fp64" else None)
     choose_attention(objective, accelerator.device)
+    blocks = [block for network in objective.children() for block in repeated_blocks(network)]
+    if compute.checkpoint_activations:
+        _check_any(blocks, "compute.checkpoint_activations=false")
+        for block in blocks:
+            recompute_activations(block)
+    if compute.backend is not None:
+        _check_any(blocks, "compute.compile=false")
+        compile_blocks(blocks, compute.backend)
+
+
+def _check_any(blocks: list[nn.Module], remedy: str) -> None:
+    if not blocks:
+        raise BadInput(f"no network of this method has repeated blocks; set {remedy} or choose another model.name")
 
 
 def choose_attention(model: nn.Module, device: torch.device) -> None:
@@ -57,7 +94,7 @@ def choose_attention(model: nn.Module, device: torch.device) -> None:
 
 
 def wrap(objective: Objective, accelerator: Accelerator) -> nn.Module:
-    """Wrap an objective for autocast and, with several ranks, for DDP."""
+    """Wrap an objective for DDP where there are several ranks."""
     with warnings.catch_warnings():
         # torch 2.15 renames the argument; older ones, which we support, know only this name.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
@@ -99,9 +136,9 @@ def _is_amd() -> bool:
     return "AuthenticAMD" in cpu_info()
 
 
-def _advise_on_bf16() -> None:
-    if not {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_info().split()):
+def _advise_on(precision: str) -> None:
+    if precision in _FAST_ON_A_CPU and not _FAST_ON_A_CPU[precision] & set(cpu_info().split()):
         _logger.warning(
-            "this CPU has no bfloat16 arithmetic, so compute.precision bf16 is several times slower than fp32 here; "
-            "set compute.precision=fp32"
-        )
+            "this CPU has no %s arithmetic, so compute.precision %s is several times slower than fp32 here; "
+            "set compute.precision=fp32", precision, precision,
+        )  # fmt: skip

@@ -1,7 +1,7 @@
 """THE loop: drives any objective from the first step, or the newest checkpoint, to the last.
 
 One step: take this rank's micro-batches, `prepare`, forward and backward each, clip once, update unless a gradient is
-not finite, `after_step`. The host reads nothing from the device but when it logs.
+not finite, `after_step`. The host reads nothing from the device but when it logs or saves.
 """
 
 import contextlib
@@ -21,12 +21,15 @@ from foreseen.data.loader import BatchBuilder, StreamDataset, SweepDataset, load
 from foreseen.data.views import finish
 from foreseen.engine.checkpoint import Checkpoint, Checkpoints
 from foreseen.engine.evaluate import evaluate
-from foreseen.engine.launch import place, wrap
+from foreseen.engine.launch import autocast, image_dtype, place, wrap
 from foreseen.engine.log import Meter, RunLog, duration
+from foreseen.engine.loss_scale import LossScale
+from foreseen.engine.memory import memory_advice
 from foreseen.engine.objective import Objective, Progress, all_reduce_sum
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.preempt import Preemption
 from foreseen.engine.resume import check_same_run, run_state
+from foreseen.engine.weight_average import WeightAverage
 from foreseen.errors import BadInput
 
 
@@ -63,7 +66,8 @@ class Outcome:
 def train(job: Job, accelerator: Accelerator) -> Outcome:
     """Run a job to its end, or to the step after which it was told to stop.
 
-    The caller holds the run folder's lock on rank 0. A run folder with a checkpoint of this very job is continued.
+    The caller holds the run folder's lock on rank 0. A run folder with a checkpoint of this very job is continued. When
+    the run reached its end, the objective holds the weights to hand over: their average, where one is kept.
     """
     config, run = job.config, job.config.run
     trainer = _Trainer(job, accelerator)
@@ -72,7 +76,10 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
     if step:
         log.say(f"going on from step {step} of {trainer.total_steps}")
     try:
-        with Preemption(accelerator.num_processes) as preemption, _memory_advice(config, trainer.layout):
+        with (
+            Preemption(accelerator.num_processes) as preemption,
+            memory_advice(config, trainer.layout, job.objective.group),
+        ):
             job.objective.train()
             trainer.settle_buckets()
             batches = trainer.batches(step)
@@ -95,6 +102,8 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
                 log.advance(step)
     finally:
         log.close()
+    if trainer.average is not None and step == trainer.total_steps:
+        trainer.average.hand_over()
     best = trainer.checkpoints.best
     return Outcome(step, stopped and step < trainer.total_steps, best[0] if best else None)
 
@@ -110,7 +119,6 @@ class _Trainer:
         config = job.config
         self.job = job
         self.accelerator = accelerator
-        self.dtype = torch.float64 if config.compute.precision == "fp64" else torch.float32
         self.total_steps = config.run.steps or 0
         ranks = accelerator.num_processes
         micro_size = config.batch.micro_size or max(1, config.batch.global_size // ranks)
@@ -130,6 +138,9 @@ class _Trainer:
             total_steps=self.total_steps,
         )
         self.model: nn.Module = wrap(job.objective, accelerator)
+        self.loss_scale = LossScale(accelerator.device) if config.compute.precision == "fp16" else None
+        decay = config.optim.ema_decay
+        self.average = None if decay is None else WeightAverage(job.objective, decay)
         self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.run.keep_last)
         self.meter = Meter()
         self.skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
@@ -164,9 +175,11 @@ class _Trainer:
         batch = self._finished(self.stream[0])
         progress = self.progress(0)
         for _ in range(2):
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self.autocast():
                 prepared = self.job.objective.prepare([batch], progress)[0]
-            self.accelerator.backward(self.model(batch, prepared, progress)["loss"] * 0.0)
+            with self.autocast():
+                loss = self.model(batch, prepared, progress)["loss"]
+            self.accelerator.backward(loss * 0.0)
             self.optimizer.optimizer.zero_grad(set_to_none=True)
         self.problems.clear()  # of a batch that is no part of the run here
 
@@ -179,14 +192,16 @@ class _Trainer:
         waited_s = time.perf_counter() - waiting
         micro_batches = [self._finished(batch) for batch in loaded]
 
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.autocast():
             prepared = objective.prepare(micro_batches, progress)
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(micro_batches):
             last = number == accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self.model(batch, prepared[number], progress)
-                self.accelerator.backward(losses["loss"] / accumulation)
+                with self.autocast():
+                    losses = self.model(batch, prepared[number], progress)
+                loss = losses["loss"] / accumulation
+                self.accelerator.backward(loss if self.loss_scale is None else loss * self.loss_scale.value)
             for name, value in losses.items():
                 share = value.detach() / accumulation
                 sums[name] = sums[name] + share if name in sums else share
@@ -195,6 +210,10 @@ class _Trainer:
         self.optimizer.step(step, finite)
         with torch.no_grad():
             objective.after_step(progress, finite)
+            if self.loss_scale is not None:
+                self.loss_scale.update(finite)
+            if self.average is not None:
+                self.average.update(step, finite)
             self.skipped += ~finite
             # One bad step would hide the interval's mean behind a NaN.
             shown = {name: torch.where(finite, value, torch.zeros_like(value)) for name, value in sums.items()}
@@ -204,11 +223,20 @@ class _Trainer:
 
     def _finished(self, batch: Batch) -> Batch:
         self.problems.extend(batch.problems)
-        return finish(batch, self.job.objective.request, self.accelerator.device, self.dtype)
+        return finish(batch, self.job.objective.request, self.accelerator.device, image_dtype(self.job.config.compute))
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return autocast(self.accelerator, self.job.config.compute)
+
+    def judged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the objective holds the weights that would be handed over."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     def _clip(self) -> tuple[Tensor, Tensor]:
         """Gradient norm before clipping, and whether it is finite: both the same on every rank after DDP."""
         gradients = [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
+        if self.loss_scale is not None:
+            self.loss_scale.unscale(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         limit = self.job.config.optim.clip_grad
         if limit is not None:
@@ -227,6 +255,7 @@ class _Trainer:
             "epoch": step * self.layout.global_size / self.stream.order.num_samples,
             **means,
             "lr": self.optimizer.lr(step - 1),
+            **({} if self.loss_scale is None else {"loss_scale": float(self.loss_scale.value)}),
             **health,
             "skipped_steps": skipped,
             "unreadable_samples": unreadable,
@@ -265,7 +294,7 @@ class _Trainer:
             return
         objective = self.job.objective
         objective.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.autocast():
             log.pictures(step, objective.pictures(batch, self.progress(step - 1)))
         objective.train()
 
@@ -275,9 +304,10 @@ class _Trainer:
         if job.validation is None:
             return None
         started = time.perf_counter()
-        numbers = evaluate(
-            job.objective, job.validation, self.accelerator, workers=job.config.data.workers, dtype=self.dtype
-        )
+        with self.judged():
+            numbers = evaluate(
+                job.objective, job.validation, self.accelerator, job.config.compute, workers=job.config.data.workers
+            )
         values = {f"validation/{name}": value for name, value in numbers.items()}
         line = f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         log.scalars(step, values | {"validation/seconds": time.perf_counter() - started}, line=line)
@@ -291,10 +321,12 @@ class _Trainer:
                 "optimizer": numbers,
                 "skipped_steps": int(self.skipped),
                 "unreadable_samples": self.unreadable,
+                "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
             }
             best = self.checkpoints.best
             improved = score is not None and (best is None or score > best[1])
-            self.checkpoints.save(step, self.job.objective.state_dict(), tensors, state)
+            average = None if self.average is None else self.average.state()
+            self.checkpoints.save(step, self.job.objective.state_dict(), tensors, state, average)
             if score is not None and improved:
                 self.checkpoints.mark_best(step, score)
         self.accelerator.wait_for_everyone()
@@ -313,6 +345,11 @@ class _Trainer:
         check_same_run(self.job.config, self.job.builder.shards, found.state)
         self.job.objective.load_state_dict(found.model)
         self.optimizer.load_state(found.optimizer, found.state["optimizer"])
+        if self.loss_scale is not None:
+            self.loss_scale.load_state(found.state["loss_scale"])
+        if self.average is not None:
+            assert found.average is not None, "a run that keeps an average saves it"
+            self.average.load_state(found.average)
         self.skipped.fill_(found.state["skipped_steps"])
         self.unreadable = found.state["unreadable_samples"]
         return found.step
@@ -322,17 +359,3 @@ def load_best(job: Job, outcome: Outcome) -> Checkpoint:
     """The checkpoint that a finished run is judged by: the best on validation, else the last."""
     folder: Path = job.config.run.dir / "checkpoints"
     return Checkpoints(folder, job.config.run.keep_last).load(outcome.best_step or outcome.step)
-
-
-@contextlib.contextmanager
-def _memory_advice(config: Config, layout: BatchLayout) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-        if not exhausted:
-            raise
-        raise BadInput(
-            f"memory ran out at batch.micro_size {layout.micro_size}; set batch.micro_size={layout.micro_size // 2}: "
-            f"the global batch stays {config.batch.global_size} through accumulation, and so do the results"
-        ) from error

@@ -7,7 +7,7 @@ attribute. A module holds no stream number, so compiled blocks of equal shape sh
 Source: Huang et al. 2016, arXiv:1603.09382, with timm's scaling by the share kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -51,6 +51,9 @@ class KeyedDropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
+Drawn = Sequence[tuple[KeyedDropPath, Tensor | None]]
+
+
 def replace_drop_path(model: nn.Module) -> list[KeyedDropPath]:
     """Put a KeyedDropPath in the place of each timm DropPath; those with rate 0 become identities.
 
@@ -86,13 +89,26 @@ def draw_drop_path(model: nn.Module, key: Tensor) -> Iterator[None]:
         return
     rates = _rates(tuple(module.rate for module in modules), key.device)
     scales = (keyed_uniform(key, "drop_path", len(modules)) >= rates) / (1.0 - rates)
+    with installed(list(zip(modules, scales.unbind(dim=1), strict=True))):
+        yield
+
+
+def drawn_drop_path(model: nn.Module) -> Drawn:
+    """The draws that are installed in a model now, for `installed` to put them back later."""
+    return [(module, module.scale) for module in drop_path_modules(model)]
+
+
+@contextmanager
+def installed(drawn: Drawn) -> Iterator[None]:
+    """Give drop paths their draws, and take back afterwards what was there before."""
+    before = [(module, module.scale) for module, _ in drawn]
     try:
-        for module, scale in zip(modules, scales.unbind(dim=1), strict=True):
+        for module, scale in drawn:
             module.scale = scale
         yield
     finally:
-        for module in modules:
-            module.scale = None
+        for module, scale in before:
+            module.scale = scale
 
 
 @lru_cache(maxsize=64)

@@ -63,6 +63,30 @@ def test_every_finetuning_recipe_runs_from_scratch_and_scores_the_test_split(
     assert model(torch.zeros(1, 3, size, size)).shape == (1, 3)
 
 
+@pytest.mark.slow
+def test_an_averaged_compiled_and_recomputed_run_hands_over_folders_that_timm_loads(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    ways = {
+        "compute__compile": "aot_eager", "compute__checkpoint_activations": True, "compute__precision": "fp16",
+        "optim__ema_decay": 0.9, "model__drop_path_rate": 0.2,
+    }  # fmt: skip
+    common = {"run__steps": 3, "optim__warmup_steps": 1, "batch__global_size": 8, **ways}
+    _foreseen("pretrain", "mae_cpu_minutes", *recipe(**common))
+    average = load_file(tmp_path / "run/checkpoints/step-3/average.safetensors")
+    encoder = load_file(tmp_path / "run/encoder/model.safetensors")
+    assert torch.equal(encoder["blocks.0.mlp.fc1.weight"], average["vit.blocks.0.mlp.fc1.weight"])
+
+    finetuned = recipe(**common, run__dir=tmp_path / "tuned", data__shots=4, model__init_from=tmp_path / "run/encoder")
+    _foreseen("finetune", "cpu_minutes", *finetuned)
+    best = json.loads((tmp_path / "tuned/checkpoints/best.json").read_text(encoding="utf-8"))["step"]
+    average = load_file(tmp_path / f"tuned/checkpoints/step-{best}/average.safetensors")
+    classifier = timm.create_model(f"local-dir:{tmp_path}/tuned/encoder", pretrained=True)
+    assert torch.equal(classifier.head.weight, average["model.head.weight"])
+
+
 def test_an_encoder_goes_on_into_finetuning_and_the_table(recipe: Recipe, tmp_path: Path) -> None:
     common = {"run__steps": 30, "optim__warmup_steps": 3, "batch__global_size": 8, "run__save_every": 10}
     _foreseen("pretrain", "mae_cpu_minutes", *recipe(**common))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from foreseen.data.batch import Batch, BatchLayout
@@ -107,6 +108,11 @@ def test_a_mistake_shows_in_the_losses(make: type[Objective]) -> None:
     assert loss_distance(drive(make, GLOBAL_SIZE, steps=2), drive(make, 4, steps=2)) > 1e-6
 
 
+@pytest.fixture
+def own() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
 @pytest.fixture(scope="module")
 def two_rank_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of the real loop in `<skeleton>-<micro size>`, by two gloo processes, which assert that they are two."""
@@ -130,6 +136,22 @@ def test_the_loop_on_two_ranks_gives_the_run_of_one_process(name: str, two_rank_
         assert norm_distance(whole, run) < 1e-12
         assert weight_distance(whole, run) < 1e-10
         assert all(torch.equal(value, other_rank.state[key]) for key, value in run.state.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", two_ranks.VARIANTS)
+def test_ways_to_compute_change_nothing_on_two_ranks(
+    name: str, two_rank_runs: Path, tmp_path: Path, own: Accelerator
+) -> None:
+    make, compute, optim = two_ranks.VARIANTS[name]
+    run, other_rank = two_ranks.history(two_rank_runs / name), two_ranks.history(two_rank_runs / name, rank=1)
+    plain = compute.model_copy(update={"compile": False, "checkpoint_activations": False})
+    two_ranks.run(make, tmp_path, GLOBAL_SIZE, own, compute=plain, optim=optim)
+    whole = two_ranks.history(tmp_path)
+    assert loss_distance(whole, run) < 1e-12
+    assert norm_distance(whole, run) < 1e-12
+    assert weight_distance(whole, run) < 1e-10
+    assert all(torch.equal(value, other_rank.state[key]) for key, value in run.state.items())
 
 
 @pytest.mark.slow

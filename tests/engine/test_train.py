@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from foreseen.config import Config, MethodOptions, resolve
-from foreseen.data.batch import Batch
+from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.loader import BatchBuilder, SweepDataset
 from foreseen.data.shards import ShardSet
 from foreseen.data.views import Request, View
 from foreseen.device_keys import keyed_uniform
+from foreseen.engine.checkpoint import Checkpoints
+from foreseen.engine.evaluate import evaluate
 from foreseen.engine.objective import Objective, Progress
 from foreseen.engine.train import Job, Outcome, train
 from foreseen.errors import BadInput
@@ -195,9 +197,28 @@ def test_the_best_checkpoint_is_kept_and_named(small_shards: Path, tmp_path: Pat
     assert (tmp_path / f"checkpoints/step-{outcome.best_step}").is_dir()
 
 
+def test_the_average_of_the_weights_is_what_is_scored_and_handed_over(small_shards: Path, tmp_path: Path) -> None:
+    config = _config(tmp_path, run__steps=12, run__save_every=4, run__keep_last=3, optim__ema_decay=0.5)
+    outcome = _run(small_shards, config, validate=True)
+    scores = {line["step"]: line["validation/score"] for line in _lines(tmp_path) if "validation/score" in line}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3)
+    objective = MeanColour()
+    sweep = SweepDataset(BatchBuilder(ShardSet.open(small_shards, "train"), objective.request, config.seed), 10)
+
+    def score(state: dict[str, Tensor]) -> float:
+        objective.load_state_dict(state)
+        return evaluate(objective, sweep, Accelerator(cpu=True), config.compute, workers=0)["score"]
+
+    for step, found in scores.items():
+        assert score(checkpoints.load(step).handed_over) == found
+        assert score(checkpoints.load(step).model) != found
+    assert outcome.best_step == max(scores, key=lambda step: scores[step])
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        ({"optim__ema_decay": 0.9}, "another job .*optim.ema_decay was None and is 0.9"),
         ({"optim__base_lr": 0.1}, "another job .*optim.base_lr was 0.05 and is 0.1"),
         ({"run__steps": 9}, "run.steps was 8 and is 9"),
         ({"batch__global_size": 32}, "batch.global_size was 16 and is 32"),
@@ -234,13 +255,37 @@ def test_a_batch_that_cannot_be_cut_is_refused_with_sizes_that_fit(small_shards:
         _run(small_shards, _config(tmp_path, batch__micro_size=7))
 
 
-def test_memory_that_runs_out_says_what_to_halve(small_shards: Path, tmp_path: Path) -> None:
-    class Greedy(MeanColour):
-        def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+class Greedy(MeanColour):
+    def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(BadInput, match=r"memory ran out at batch.micro_size 8; set batch.micro_size=4"):
-        _run(small_shards, _config(tmp_path), objective=Greedy)
+
+@pytest.mark.parametrize(
+    ("global_size", "micro_size", "group", "advice"),
+    [
+        (16, 8, 1, r"set batch.micro_size=4: the global batch stays 16"),
+        (18, 9, 1, r"set batch.micro_size=3: "),  # 4 does not divide 18
+        (24, 12, 4, r"set batch.micro_size=4: "),  # 6 cuts a group of four
+        (8, 4, 4, r"no smaller one fits, so set compute.checkpoint_activations=true"),
+    ],
+)
+def test_memory_that_runs_out_says_what_to_set(
+    small_shards: Path, tmp_path: Path, global_size: int, micro_size: int, group: int, advice: str
+) -> None:
+    config = _config(tmp_path, batch__global_size=global_size, batch__micro_size=micro_size)
+    with pytest.raises(BadInput, match=f"memory ran out at batch.micro_size {micro_size}; .*{advice}"):
+        _run(small_shards, config, objective=Greedy, group=group)
+
+
+def test_memory_advice_ends_with_a_smaller_model() -> None:
+    from foreseen.engine.memory import memory_advice
+
+    config = _config(Path("run"), compute__checkpoint_activations=True)
+    with pytest.raises(BadInput, match="no smaller one fits .* lower views.size or choose a smaller model.name"):
+        with memory_advice(config, BatchLayout(4, 1, ranks=4), group=1):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    with pytest.raises(RuntimeError, match="something else"), memory_advice(config, BatchLayout(4, 1), group=1):
+        raise RuntimeError("something else")
 
 
 def test_unreadable_samples_are_replaced_and_too_many_stop_the_run(small_shards: Path, tmp_path: Path) -> None:

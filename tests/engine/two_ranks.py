@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,15 +10,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foreseen.config import BatchSize, Compute, Config, Data, MethodOptions, Model, Run
+from foreseen.config import BatchSize, Compute, Config, Data, MethodOptions, Model, Optim, Run
 from foreseen.data.loader import BatchBuilder
 from foreseen.engine.launch import start
 from foreseen.engine.objective import Objective
-from foreseen.engine.train import Job, train
+from foreseen.engine.train import Job, Outcome, train
 from tests.engine.driver import GLOBAL_SIZE, OPTIM, SEED, STEPS, History, Pictures
-from tests.engine.skeletons import SKELETONS, CentredIBOT
+from tests.engine.skeletons import IBOT, SKELETONS, CentredIBOT, Supervised
 
 MICRO_SIZES = (8, 4)
+EXACT = Compute(precision="fp64")
 
 
 class CentreOfOneRank(CentredIBOT):
@@ -27,22 +29,35 @@ class CentreOfOneRank(CentredIBOT):
         return torch.cat([self.teacher_logits(x).flatten(0, -2) for x in bottlenecks]).mean(0)
 
 
-def run(make: type[Objective], folder: Path, micro_size: int, accelerator: Accelerator) -> None:
+def run(
+    make: Callable[[], Objective], folder: Path, micro_size: int, accelerator: Accelerator, *,
+    compute: Compute = EXACT, optim: Optim = OPTIM, save_every: int = STEPS,
+) -> Outcome:  # fmt: skip
+    """Run an objective through the real loop, and leave its state at the end in `rank-<n>.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
     objective = make()
     torch.seed()
     config = Config(
         seed=SEED,
-        run=Run(dir=folder, steps=STEPS, epochs=STEPS * GLOBAL_SIZE / len(Pictures.labels), log_every=1),
+        run=Run(
+            dir=folder,
+            steps=STEPS,
+            epochs=STEPS * GLOBAL_SIZE / len(Pictures.labels),
+            log_every=1,
+            keep_last=STEPS,
+            save_every=save_every,
+        ),
         data=Data(workers=0),
         model=Model(name="tiny"),
-        method=MethodOptions(name=make.__name__),
-        optim=OPTIM,
+        method=MethodOptions(name="skeleton"),
+        optim=optim,
         batch=BatchSize(global_size=GLOBAL_SIZE, micro_size=micro_size),
-        compute=Compute(precision="fp64"),
+        compute=compute,
     )
-    train(Job(config, objective, BatchBuilder(Pictures(), objective.request, SEED)), accelerator)
+    outcome = train(Job(config, objective, BatchBuilder(Pictures(), objective.request, SEED)), accelerator)
     save_file(objective.state_dict(), folder / f"rank-{accelerator.process_index}.safetensors")
+    return outcome
 
 
 def history(folder: Path, rank: int = 0) -> History:
@@ -54,15 +69,26 @@ def history(folder: Path, rank: int = 0) -> History:
     return History(losses, norms, load_file(folder / f"rank-{rank}.safetensors"))
 
 
+# Ways to compute that change no result, and the average of weights: each is compared with one process.
+VARIANTS: dict[str, tuple[type[Objective], Compute, Optim]] = {
+    "recomputed": (IBOT, EXACT.model_copy(update={"checkpoint_activations": True}), OPTIM),
+    "compiled": (Supervised, EXACT.model_copy(update={"compile": "aot_eager"}), OPTIM),
+    "compiled and recomputed": (
+        Supervised, EXACT.model_copy(update={"compile": "aot_eager", "checkpoint_activations": True}), OPTIM,
+    ),
+    "averaged": (Supervised, EXACT, OPTIM.model_copy(update={"ema_decay": 0.5})),
+}  # fmt: skip
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     accelerator = start(Compute(precision="fp64"))
     assert accelerator.num_processes == 2
     for name, make in (*SKELETONS.items(), (CentreOfOneRank.__name__, CentreOfOneRank)):
         for micro_size in MICRO_SIZES:
-            folder = out / f"{name}-{micro_size}"
-            folder.mkdir(parents=True, exist_ok=True)
-            run(make, folder, micro_size, accelerator)
+            run(make, out / f"{name}-{micro_size}", micro_size, accelerator)
+    for name, (make, compute, optim) in VARIANTS.items():
+        run(make, out / name, 4, accelerator, compute=compute, optim=optim)
     accelerator.end_training()
 
 

@@ -1,0 +1,49 @@
+"""`torch.compile`, block by block and in place: names of weights stay, and blocks of one kind share a graph.
+
+Keys are drawn outside of blocks, so nothing random is ever compiled.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from foreseen.errors import BadInput
+
+_GRAPHS = 256  # of one run: kinds of blocks × sizes × training or evaluation
+
+
+def check_backend(name: str) -> None:
+    """Refuse a backend that torch does not have.
+
+    Raises:
+        BadInput: names those that it has.
+    """
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if name not in known:
+        raise BadInput(
+            f"compute.compile {name!r} is no backend of torch.compile; set it to true for inductor, "
+            f"to false, or to one of {', '.join(known)}"
+        )
+
+
+def compile_blocks(blocks: Sequence[nn.Module], backend: str) -> None:
+    """Compile blocks at their first forward.
+
+    What is compiled must not depend on what ran before, or a resumed run would differ in bits from an unbroken one. So
+    every size gets a graph of its own, where torch would turn the second size it meets into a dynamic one; running out
+    of graphs is an error, where torch would go on without compiling; and kernels are not chosen by a race.
+
+    Args:
+        blocks: on their device.
+        backend: of torch.compile.
+    """
+    torch._dynamo.config.recompile_limit = _GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit = _GRAPHS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # torch's own, while it looks at the inputs of a block.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    options = {"deterministic": True} if backend == "inductor" else None
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False, options=options)
