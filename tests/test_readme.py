@@ -59,6 +59,7 @@ def test_the_commands_of_a_page_run_in_its_order(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture_folder: Path, small_shards: Path, archives: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("my_pictures", "my_labels"):
         shutil.copytree(picture_folder, name)
     for command in typed_commands(page):
