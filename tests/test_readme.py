@@ -15,7 +15,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from foreseen import cli
-from foreseen.config import recipe_names
+from foreseen.commands.verbs import load_recipe
+from foreseen.config import Config, recipe_names
 from foreseen.finetune.methods import METHODS as FINETUNING
 from foreseen.pretrain.methods import METHODS as PRETRAINING
 from tests.documentation import (
@@ -102,6 +103,14 @@ def test_a_command_in_a_sentence_is_valid(page: str) -> None:
             assert all(f'"{option}"' in code for option in options if option.startswith("--")), command
         else:
             _check_foreseen(arguments_of(command))
+
+
+def test_an_override_in_a_sentence_is_valid() -> None:
+    sections = "|".join(Config.model_fields)
+    for page in PAGES:
+        for overrides in re.findall(rf"`((?:{sections})\.[\w.]+=[^`\n]+)`", read(page)):
+            if "mask_ration" not in overrides:  # shown as a mistake
+                load_recipe("pretrain", "mae_vit_b16", overrides.split())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
