@@ -1,7 +1,10 @@
 """Runs as parts of a larger command: each is made once, in this process or side by side with others."""
 
 import contextlib
+import multiprocessing
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -54,19 +57,26 @@ class Jobs:
 
     def __enter__(self) -> "Jobs":
         if self._processes > 1:
-            from multiprocessing import get_context
-
             from foreseen.data.pack import count_cpus
 
             threads = max(1, count_cpus() // self._processes)
             self._pool = ProcessPoolExecutor(
-                self._processes, mp_context=get_context("spawn"), initializer=_start_process, initargs=(threads,)
+                self._processes,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_process,
+                initargs=(threads,),
             )
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        # After a failure the others save where they are, rather than go on for nobody.
+        while kind is not None and (left := multiprocessing.active_children()):
+            for process in left:
+                process.terminate()
+            time.sleep(0.2)
 
     def submit(self, verb: "Verb", config: "Config") -> "Future[None]":
         """Put a job in the queue; with one process it has run when this returns."""
@@ -100,6 +110,8 @@ def _start_process(threads: int) -> None:
     from foreseen.processes import exit_with_the_parent
 
     exit_with_the_parent()
+    # Only a run that is being made heeds it, and saves: a pool that lost an idle process would break.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     import torch
 
     torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """`finetune --controls`: what is run, what is chosen, and what is said of it."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,22 @@ def test_runs_side_by_side_come_out_as_one_after_another(recipe: Recipe, tmp_pat
         scores.append([controls._result(c) | {"seconds": 0} for c in plan.tuning()])
         assert (plan.tuning()[0].run.dir / "log.txt").is_file() == (processes == 2)
     assert scores[0] == scores[1]
+
+
+def _fail_beside(long: Config, bad: Config) -> None:
+    with Jobs(2) as jobs:
+        running = jobs.submit("finetune", long)
+        while not list(long.run.dir.glob("checkpoints/step-*")):
+            assert not running.done(), running.exception()
+            time.sleep(0.1)
+        list(jobs.wait([running, jobs.submit("finetune", bad)]))
+
+
+@pytest.mark.slow
+def test_when_one_run_fails_the_others_save_and_stop(recipe: Recipe, tmp_path: Path) -> None:
+    common = _small(recipe, model__init_from="null")
+    long = load_recipe("finetune", "cpu_minutes", [*common, f"run.dir={tmp_path / 'long'}", "run.steps=1000000"])
+    bad = load_recipe("finetune", "cpu_minutes", [*common, f"run.dir={tmp_path / 'bad'}", "data.split=nowhere"])
+    with pytest.raises(BadInput, match="nowhere"):
+        _fail_beside(long, bad)
+    assert "told to stop: saved" in (tmp_path / "long/log.txt").read_text(encoding="utf-8")
