@@ -3,8 +3,10 @@
 Keys are drawn outside of blocks, so nothing random is ever compiled.
 """
 
+import contextlib
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,8 +44,19 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str) -> None:
     torch._dynamo.config.recompile_limit = _GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = _GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # Gradients leave for the other ranks whenever a block ends; DDP's own optimizer would cut each block once more.
+    torch._dynamo.config.optimize_ddp = False
     # torch's own, while it looks at the inputs of a block.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     options = {"deterministic": True} if backend == "inductor" else None
     for block in blocks:
         block.compile(backend=backend, dynamic=False, options=options)
+
+
+def uncompiled(backend: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Inside, compiled blocks run as they were, for what runs too rarely to be worth a graph.
+
+    Args:
+        backend: of the run; None where nothing is compiled.
+    """
+    return contextlib.nullcontext() if backend is None else torch.compiler.set_stance("force_eager")

@@ -7,7 +7,7 @@ from foreseen.data.order import ORDER_VERSION
 from foreseen.data.shards import ShardSet
 from foreseen.errors import BadInput
 
-# Where things lie, how they are spread over machines, and how often one looks.
+# Where things lie, how they are spread over machines, how often one looks, and what changes no more than rounding.
 _FREE = {
     "run.dir", "run.epochs", "run.save_every", "run.keep_last", "run.log_every", "run.eval_every",
     "run.pictures_every", "data.path", "data.hf_config", "data.columns.image", "data.columns.label",

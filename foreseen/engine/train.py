@@ -20,6 +20,7 @@ from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.loader import BatchBuilder, StreamDataset, SweepDataset, load
 from foreseen.data.views import finish
 from foreseen.engine.checkpoint import Checkpoint, Checkpoints
+from foreseen.engine.compiled import uncompiled
 from foreseen.engine.evaluate import evaluate
 from foreseen.engine.launch import autocast, image_dtype, place, wrap
 from foreseen.engine.log import Meter, RunLog, duration
@@ -294,7 +295,7 @@ class _Trainer:
             return
         objective = self.job.objective
         objective.eval()
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast(), uncompiled(self.job.config.compute.backend):
             log.pictures(step, objective.pictures(batch, self.progress(step - 1)))
         objective.train()
 

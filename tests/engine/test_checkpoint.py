@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from foreseen.engine import checkpoint
 from foreseen.engine.checkpoint import Checkpoints
@@ -80,20 +81,39 @@ def test_a_kill_while_saving_leaves_the_older_one(tmp_path: Path, monkeypatch: p
     assert _steps(checkpoints) == ["step-1"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["python", "safetensors"],
+)
 def test_a_full_disk_is_a_sentence_and_the_older_checkpoint_is_intact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     _save(checkpoints, 1)
 
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(BadInput, match="step 2 cannot be written .* No space left .* intact"):
         _save(checkpoints, 2)
     assert _steps(checkpoints) == ["step-1"]
     assert checkpoints.newest_sound() == 1
+
+
+def test_the_average_of_the_weights_is_kept_beside_them_and_verified(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    model = {"weight": torch.zeros(4), "buffer": torch.ones(2)}
+    checkpoints.save(1, model, {}, {}, {"weight": torch.full((4,), 0.5)})
+    found = checkpoints.load(1).handed_over
+    assert torch.equal(found["weight"], torch.full((4,), 0.5))
+    assert torch.equal(found["buffer"], model["buffer"])
+    (tmp_path / "step-1/average.safetensors").unlink()
+    assert "average.safetensors" in (checkpoints.find_damage(1) or "")
 
 
 def test_tied_weights_are_stored_under_each_name(tmp_path: Path) -> None:
