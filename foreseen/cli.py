@@ -7,7 +7,7 @@ import time
 import typer
 
 from foreseen import __version__
-from foreseen.commands import data, finetune, pretrain, quickstart, recipes, results
+from foreseen.commands import data, finetune, pretrain, probe, quickstart, recipes, results
 from foreseen.errors import BadInput
 
 EXIT_BAD_INPUT = 2
@@ -24,6 +24,7 @@ app.command()(quickstart.quickstart)
 app.add_typer(data.app, name="data")
 app.command()(recipes.recipes)
 app.command()(pretrain.pretrain)
+app.command()(probe.probe)
 app.command()(finetune.finetune)
 app.command()(results.results)
 

@@ -210,6 +210,35 @@ class Compute(Section):
         return "inductor" if self.compile is True else self.compile or None
 
 
+class Probe(Section):
+    """Judging the frozen encoder while pretraining runs; the other verbs do not. It never changes the run.
+
+    With labels, a part of the pictures votes (k-NN) or trains (linear) and the rest is judged; test splits are not
+    read. Without, the spectrum of the features is looked at.
+    """
+
+    every: int | None = Field(None, ge=1)
+    """Steps between two probes, beginning before the first step and ending after the last; null never probes."""
+    data: str | None = None
+    """Labelled pictures to judge by, found as `data.path` is; null looks at those of `data.path`, as if they had no
+    labels."""
+    split: str = "train"
+    """Of `data`."""
+    labels: bool = False
+    """With `data` null: judge by the labels of `data.path` itself. The pictures are then those of pretraining, which
+    may flatter."""
+    samples: int = Field(5000, ge=2)
+    """Most pictures that a probe looks at, chosen once."""
+    validation_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of each class that is judged."""
+    features: Literal["cls", "mean", "both"] | None = None
+    """Class token, mean of the patches, or both; null takes the model's own way of pooling."""
+    knn: bool = True
+    """Weighted k-nearest neighbours, where there are labels."""
+    linear: bool = False
+    """A linear probe, where there are labels; it takes longer."""
+
+
 class MethodOptions(Section):
     """The options of a method; each method has its own class."""
 
@@ -228,6 +257,7 @@ class Config(Section):
     optim: Optim
     batch: BatchSize
     compute: Compute = Compute()
+    probe: Probe = Probe()
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:

@@ -77,7 +77,7 @@ def run(config: "Config") -> "Outcome":
             )
         config = config.with_length(len(subsets.train))
         record_config(config, accelerator)
-        num_classes = len(shards.classes) if shards.classes else int(shards.labels.max()) + 1
+        num_classes = shards.num_classes
         objective = METHODS[config.method.name].build(config, num_classes)
         builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=data.fast_decode)
         judge = BatchBuilder(shards, objective.evaluation_request(), config.seed, fast_decode=data.fast_decode)

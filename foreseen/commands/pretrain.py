@@ -5,8 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from foreseen.config import Config
+    from foreseen.data.shards import ShardSet
+    from foreseen.engine.online_probe import OnlineProbe
     from foreseen.engine.train import Outcome
+    from foreseen.handoff.encoder import Preprocessing
 
 
 def pretrain(
@@ -38,14 +43,37 @@ def run(config: "Config") -> "Outcome":
         record_config(config, accelerator)
         objective = METHODS[config.method.name].build(config)
         builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=config.data.fast_decode)
-        outcome = train(Job(config, objective, builder), accelerator)
+        seen = Preprocessing.of_view(objective.request.views[0])
+        probe = _online_probe(config, shards, seen, accelerator)
+        outcome = train(Job(config, objective, builder, probe=probe), accelerator)
         if accelerator.is_main_process:
             if outcome.preempted:
                 say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
             else:
                 folder = config.run.dir / "encoder"
                 lineage = describe_lineage(config, shards, outcome.step)
-                seen = Preprocessing.of_view(objective.request.views[0])
                 save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
                 say(f"encoder: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
     return outcome
+
+
+def _online_probe(
+    config: "Config", shards: "ShardSet", seen: "Preprocessing", accelerator: "Accelerator"
+) -> "OnlineProbe | None":
+    from foreseen.commands.session import open_data
+    from foreseen.config import Data
+    from foreseen.engine.online_probe import OnlineProbe
+
+    options = config.probe
+    if options.every is None:
+        return None
+    if options.data is not None:
+        shards = open_data(Data(path=options.data), options.split, accelerator, size=max(config.views.size))
+    return OnlineProbe(
+        options,
+        shards,
+        seen.view(),
+        has_labels=options.data is not None or options.labels,
+        seed=config.data.subset_seed,
+        fast_decode=config.data.fast_decode,
+    )

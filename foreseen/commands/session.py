@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from foreseen.commands.progress import progress
-from foreseen.config import Config
+from foreseen.config import Config, Data
 from foreseen.data.cache import Packed, cache_folder, packed
 from foreseen.data.open_source import SourceOptions, is_packed
 from foreseen.data.shards import ShardSet
@@ -51,14 +51,18 @@ def record_config(config: Config, accelerator: Accelerator) -> None:
 
 
 def open_shards(config: Config, split: str, accelerator: Accelerator) -> ShardSet:
-    """A split of the set that the config names.
+    """A split of the set that the config names; see `open_data`."""
+    return open_data(config.data, split, accelerator, size=max(config.views.size))
 
-    Procedural pets are drawn, and what is no set of shards is packed, once into a cache. A source's validation split
-    stands in for a test split that it has not.
+
+def open_data(data: Data, split: str, accelerator: Accelerator, *, size: int) -> ShardSet:
+    """A split of the set that a `data` section names.
+
+    Procedural pets, `size` pixels wide, are drawn, and what is no set of shards is packed, once into a cache. A
+    source's validation split stands in for a test split that it has not.
     """
-    data = config.data
     if data.path is None:
-        path = procedural_pets(max(config.views.size), accelerator)
+        path = procedural_pets(size, accelerator)
     elif is_packed(data.path):
         path = Path(data.path).expanduser()
     else:

@@ -173,6 +173,7 @@ def load(dataset: Dataset[Batch], numbers: range, *, workers: int, pin_memory: b
         multiprocessing_context=_fork_server() if workers else None,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else each loader would draw its workers' seed from the global generator
     )
     return _with_plain_errors(iter(loader))
 

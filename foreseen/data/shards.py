@@ -81,6 +81,13 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self._index)
 
+    @property
+    def num_classes(self) -> int:
+        """Classes that the labels count: those with a name, or up to the largest label."""
+        if self.classes:
+            return len(self.classes)
+        return 0 if self.labels is None or not len(self.labels) else int(self.labels.max()) + 1
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker maps the files itself: sending the object must not send a gigabyte of index.
         return (type(self).open, (self.path, self.split))

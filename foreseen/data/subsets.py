@@ -49,7 +49,8 @@ def labelled_subsets(
         short = int(left.argmin())
         raise BadInput(
             f"class {classes[short]} has {left[short]} training samples ({counts[short]} labelled, {held_out[short]} "
-            f"of them for validation) and data.shots is {shots}; lower data.shots to {left[short]} or label more"
+            f"of them for validation) and {shots} are asked for; lower data.shots (--shots of a probe) to "
+            f"{left[short]} or label more"
         )
     train, validation = by_class.split(held_out, None if shots is None else held_out + shots)
     return Subsets(train, validation)

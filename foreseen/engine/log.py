@@ -85,7 +85,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self._path = folder / "metrics.jsonl"
-        _drop_lines_after(self._path, start_step)
+        _drop_lines_after(self._path, start_step or -1)
         self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (held until close)
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
         self._bar = _bar(total_steps, start_step) if sys.stdout.isatty() else None

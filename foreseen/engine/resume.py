@@ -57,13 +57,17 @@ def check_same_config(config: Config, then: dict[str, Any]) -> None:
     """
     before, now = _flat(then), _flat(config.model_dump(mode="json"))
     keys = sorted(before.keys() | now.keys())
-    changed = [key for key in keys if key not in _FREE and before.get(key) != now.get(key)]
+    changed = [key for key in keys if not _is_free(key) and before.get(key) != now.get(key)]
     if changed:
         differences = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
         raise BadInput(
             f"run.dir {config.run.dir} holds a checkpoint of another job ({differences}); "
             "take another run.dir, or set these keys back"
         )
+
+
+def _is_free(key: str) -> bool:
+    return key in _FREE or key.startswith("probe.")
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,6 +27,7 @@ from foreseen.engine.log import Meter, RunLog, duration
 from foreseen.engine.loss_scale import LossScale
 from foreseen.engine.memory import memory_advice
 from foreseen.engine.objective import Objective, Progress, all_reduce_sum
+from foreseen.engine.online_probe import OnlineProbe
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.preempt import Preemption
 from foreseen.engine.resume import check_same_run, run_state
@@ -45,6 +46,7 @@ class Job:
         subset: sample numbers trained on; None for all.
         validation: this rank's share of the samples to choose by, if any.
         choose_by: the validation number whose largest value marks the best checkpoint.
+        probe: what judges the frozen encoder on the way, if anything does.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Job:
     subset: Any = None
     validation: SweepDataset | None = None
     choose_by: str | None = None
+    probe: OnlineProbe | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
     log = RunLog(run.dir, trainer.total_steps, step, speaks=accelerator.is_main_process)
     if step:
         log.say(f"going on from step {step} of {trainer.total_steps}")
+    if job.probe is not None:
+        job.probe.recall(run.dir / "metrics.jsonl", accelerator)
     try:
         with (
             Preemption(accelerator.num_processes) as preemption,
@@ -83,6 +88,8 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
         ):
             job.objective.train()
             trainer.settle_buckets()
+            with trainer.meter.paused():
+                trainer.probe(step, log)
             batches = trainer.batches(step)
             stopped = False
             while step < trainer.total_steps and not stopped:
@@ -100,6 +107,8 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
                     score = trainer.validate(step, log) if evaluates else None
                     if saves:
                         trainer.save(step, score)
+                    if not stopped:
+                        trainer.probe(step, log)
                 log.advance(step)
     finally:
         log.close()
@@ -313,6 +322,17 @@ class _Trainer:
         line = f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         log.scalars(step, values | {"validation/seconds": time.perf_counter() - started}, line=line)
         return numbers[job.choose_by] if job.choose_by else None
+
+    def probe(self, step: int, log: RunLog) -> None:
+        """Judge the frozen encoder, if that is due."""
+        probe = self.job.probe
+        if probe is None or not probe.is_due(step, self.total_steps):
+            return
+        values, line = probe.run(
+            step, self.job.objective.encoder(), self.accelerator, batch_size=self.layout.micro_size,
+            workers=self.job.config.data.workers, dtype=self.dtype,
+        )  # fmt: skip
+        log.scalars(step, values, line=line)
 
     def save(self, step: int, score: float | None) -> None:
         """Publish a checkpoint; rank 0 writes, since no state differs between ranks."""

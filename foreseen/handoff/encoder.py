@@ -32,7 +32,7 @@ from foreseen.errors import BadInput
 from foreseen.models.backbone import Pool, architecture_of, create_backbone
 from foreseen.models.initialise import Initialised, initialise
 
-_PUBLIC = "timm:"
+PUBLIC = "timm:"
 _SET_ELSEWHERE = ("img_size", "global_pool", "fc_norm", "num_classes")
 
 
@@ -57,6 +57,22 @@ class Preprocessing:
     def of_view(cls, view: View) -> "Preprocessing":
         """That of an evaluation view."""
         return cls(view.mean, view.std, view.interpolation, view.centre_fraction, view.size)
+
+    def view(self) -> View:
+        """The view, named "image", that shows the encoder what it wants: the middle of each image.
+
+        Raises:
+            BadInput: it wants an interpolation that no view has.
+        """
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise BadInput(
+                f"the encoder wants {self.interpolation} interpolation; there are bicubic and bilinear: change "
+                "pretrained_cfg.interpolation in its config.json"
+            )
+        return View(
+            name="image", size=self.size, crop="centre", flip=0.0, centre_fraction=self.crop_fraction,
+            interpolation="bicubic" if self.interpolation == "bicubic" else "bilinear", mean=self.mean, std=self.std,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,8 +160,8 @@ def load_encoder(init_from: str | Path) -> EncoderFolder:
     Raises:
         BadInput: it is no encoder folder, or there are no such weights.
     """
-    if str(init_from).startswith(_PUBLIC):
-        return _load_public(str(init_from).removeprefix(_PUBLIC))
+    if str(init_from).startswith(PUBLIC):
+        return _load_public(str(init_from).removeprefix(PUBLIC))
     folder = Path(init_from)
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         inner = f"; did you mean {folder / 'encoder'}?" if (folder / "encoder" / "config.json").is_file() else ""
@@ -175,13 +191,13 @@ def _load_public(name: str) -> EncoderFolder:
     except (OSError, RuntimeError, ValueError) as error:
         raise BadInput(f"the weights of model.init_from timm:{name} cannot be had: {error}") from error
     return EncoderFolder(
-        source=f"{_PUBLIC}{name}",
+        source=f"{PUBLIC}{name}",
         architecture=split_model_name_tag(name)[0],
         model_args={},
         num_classes=model.num_classes,
         state=model.state_dict(),
         preprocessing=_preprocessing(model.pretrained_cfg),
-        lineage={"parents": [f"{_PUBLIC}{name}"], "licences": [model.pretrained_cfg.get("license")]},
+        lineage={"parents": [f"{PUBLIC}{name}"], "licences": [model.pretrained_cfg.get("license")]},
     )
 
 

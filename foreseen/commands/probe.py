@@ -1,0 +1,179 @@
+"""`foreseen probe`: how good the features of a frozen encoder are, without training it."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from accelerate import Accelerator
+    from numpy.typing import NDArray
+
+    from foreseen.data.shards import ShardSet
+    from foreseen.engine.extract import Extracted
+    from foreseen.engine.probe import Probe
+    from foreseen.handoff.frozen import FrozenEncoder
+    from foreseen.models.features import Features
+
+_BATCH = 64  # pictures a forward; features do not depend on it
+_VALIDATION_FRACTION = 0.1  # of each class, for choosing the learning rate
+
+
+class Pooling(StrEnum):
+    """What stands for a picture; see `foreseen.models.features`."""
+
+    CLS = "cls"
+    MEAN = "mean"
+    BOTH = "both"
+
+
+def probe(
+    encoder: Annotated[str, typer.Argument(help="An encoder folder, or timm:NAME for public weights.")],
+    data: Annotated[str, typer.Argument(help="Shards, a folder of pictures, a CSV or hf:NAME; best with labels.")],
+    split: Annotated[str, typer.Option(help="Its pictures vote (k-NN) and train (linear).")] = "train",
+    test_split: Annotated[str, typer.Option(help="Its pictures are judged, once.")] = "test",
+    features: Annotated[
+        Pooling | None, typer.Option(help="Class token, mean of the patches, or both; else the encoder's own way.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=1, help="Labels a class; all if left out.")] = None,
+    linear: Annotated[bool, typer.Option(help="Train a linear probe as well.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Which shots, and how the linear probe starts.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes a rank.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the numbers.")] = None,
+) -> None:
+    """Judge a frozen encoder: k-nearest neighbours, a linear probe, and the rank of its features."""
+    from dataclasses import asdict
+
+    from foreseen.commands.session import open_data
+    from foreseen.commands.verbs import leave
+    from foreseen.config import Compute, Data
+    from foreseen.engine.launch import choose_attention, start
+    from foreseen.engine.verdict import verdict
+    from foreseen.handoff.frozen import frozen_encoder
+    from foreseen.models.features import default_features
+
+    accelerator = start(Compute(precision="fp32"))
+    with accelerator.main_process_first():  # public weights are downloaded once
+        frozen = frozen_encoder(encoder)
+    choose_attention(frozen.model.to(accelerator.device), accelerator.device)
+    pooling = default_features(frozen.model) if features is None else features.value
+    named = Data(path=data)
+    size = max(frozen.preprocessing.size)
+    shards = open_data(named, split, accelerator, size=size)
+    exam = _Exam(frozen, pooling, accelerator, shots=shots, linear=linear, seed=seed, workers=workers)
+    if shards.labels is None or not (shards.labels >= 0).any():
+        found = exam.without_labels(shards)
+    else:
+        found = exam.with_labels(shards, open_data(named, test_split, accelerator, size=size))
+    if accelerator.is_main_process:
+        print("\n".join(_table(found, pooling, exam.unreadable)))
+        print(verdict(found, {}))
+        if out is not None:
+            asked = {"encoder": encoder, "data": data, "split": split, "test_split": test_split, "features": pooling}
+            _write(out, asked | {"shots": shots, "seed": seed, "unreadable": exam.unreadable, **asdict(found)})
+    leave(False)
+
+
+class _Exam:
+    """Looks at the pictures of splits through an encoder, and asks what their labels allow."""
+
+    def __init__(
+        self, frozen: "FrozenEncoder", features: "Features", accelerator: "Accelerator", *, shots: int | None,
+        linear: bool, seed: int, workers: int,
+    ) -> None:  # fmt: skip
+        self.frozen, self.features, self.accelerator = frozen, features, accelerator
+        self.shots, self.linear, self.seed, self.workers = shots, linear, seed, workers
+        self.unreadable = 0
+
+    def without_labels(self, shards: "ShardSet") -> "Probe":
+        """The spectrum of a fixed choice of a split's pictures."""
+        import numpy as np
+
+        from foreseen.data.order import Order
+        from foreseen.engine.probe import SPECTRUM_PICTURES, probe
+
+        count = min(len(shards), SPECTRUM_PICTURES)
+        chosen = np.sort(Order(self.seed, len(shards)).samples(np.arange(count)))
+        return probe(self._seen(shards, chosen).features)
+
+    def with_labels(self, shards: "ShardSet", test: "ShardSet") -> "Probe":
+        """Everything: the test split is read once, and nothing is chosen by it."""
+        import numpy as np
+        import torch
+
+        from foreseen.data.subsets import labelled_subsets
+        from foreseen.engine.probe import Exam, probe
+        from foreseen.errors import BadInput
+
+        if test.labels is None or shards.labels is None or not (test.labels >= 0).any():
+            raise BadInput(
+                f"split {test.split!r} of {test.path} has no labels to judge by; name a labelled one with --test-split"
+            )
+        parts = labelled_subsets(
+            shards.labels, validation_fraction=_VALIDATION_FRACTION, shots=self.shots, seed=self.seed
+        )
+        if self.linear and not len(parts.validation):
+            raise BadInput(
+                f"no class of {shards.path} has two labels in split {shards.split!r}, so no learning rate can be "
+                "chosen on validation; add --no-linear"
+            )
+        both = np.union1d(parts.train, parts.validation)
+        seen, judged = self._seen(shards, both), self._seen(test, np.flatnonzero(test.labels >= 0))
+        train, validation = (seen.labelled(part, shards.labels) for part in (parts.train, parts.validation))
+        exam = Exam(
+            judged=judged.labelled(judged.samples, test.labels),
+            bank=train if self.shots else seen.labelled(both, shards.labels),
+            linear=(train, validation) if self.linear else None,
+            num_classes=max(shards.num_classes, test.num_classes),
+            seed=self.seed,
+        )
+        return probe(torch.cat([seen.features, judged.features]), exam)
+
+    def _seen(self, shards: "ShardSet", samples: "NDArray[np.int64]") -> "Extracted":
+        from foreseen.data.loader import BatchBuilder
+        from foreseen.data.views import Request
+        from foreseen.engine.extract import extract
+
+        builder = BatchBuilder(shards, Request(views=(self.frozen.preprocessing.view(),)), self.seed)
+        found = extract(
+            self.frozen.model, self.features, builder, samples, self.accelerator, batch_size=_BATCH,
+            workers=self.workers,
+        )  # fmt: skip
+        self.unreadable += found.unreadable
+        return found
+
+
+def _table(found: "Probe", features: str, unreadable: int) -> list[str]:
+    rows = [(f"k-NN, k = {k}", accuracy, "") for k, accuracy in found.knn.items()]
+    if found.linear is not None:
+        edge = ", the end of the grid" if found.linear.lr_is_extreme else ""
+        chosen = f"lr {found.linear.lr:g}{edge}, by {found.linear.validation_top1:.1%} on validation"
+        rows.append(("linear", found.linear.accuracy, chosen))
+    lines = []
+    if rows:
+        lines = [f"{found.judged} pictures judged".ljust(28) + f"{'top-1':>8}{'top-5':>8}"]
+        lines += [f"{name:28}{shown.top1:8.1%}{shown.top5:8.1%}  {note}".rstrip() for name, shown, note in rows]
+        lines.append(f"{'the commonest class':28}{found.chance:8.1%}")
+    if found.rankme is not None:
+        slope = "" if found.alpha_req is None else f", α-ReQ {found.alpha_req:.2f}"
+        lines.append(
+            f"features {features}: RankMe {found.rankme:.1f}, centred {found.rankme_centred:.1f}, "
+            f"of {found.dimensions} dimensions{slope}"
+        )
+    if unreadable:
+        lines.append(f"{unreadable} pictures could not be read and are left out")
+    return lines
+
+
+def _write(out: Path, numbers: dict[str, Any]) -> None:
+    import json
+
+    from foreseen.errors import BadInput
+    from foreseen.files import write_atomically
+
+    try:
+        write_atomically(out, json.dumps(numbers, indent=2) + "\n")
+    except OSError as error:
+        raise BadInput(f"--out {out} cannot be written: {error}") from error
