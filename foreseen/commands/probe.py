@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from foreseen.handoff.frozen import FrozenEncoder
     from foreseen.models.features import Features
 
+_PRECISION: Final = "fp32"  # so that the numbers do not depend on the machine
 _BATCH = 64  # pictures a forward; features do not depend on it
 _VALIDATION_FRACTION = 0.1  # of each class, for choosing the learning rate
 
@@ -54,7 +55,7 @@ def probe(
     from foreseen.handoff.frozen import frozen_encoder
     from foreseen.models.features import default_features
 
-    accelerator = start(Compute(precision="fp32"))
+    accelerator = start(Compute(precision=_PRECISION))
     with accelerator.main_process_first():  # public weights are downloaded once
         frozen = frozen_encoder(encoder)
     choose_attention(frozen.model.to(accelerator.device), accelerator.device)
@@ -132,14 +133,15 @@ class _Exam:
         return probe(torch.cat([seen.features, judged.features]), exam)
 
     def _seen(self, shards: "ShardSet", samples: "NDArray[np.int64]") -> "Extracted":
+        from foreseen.config import Compute
         from foreseen.data.loader import BatchBuilder
         from foreseen.data.views import Request
         from foreseen.engine.extract import extract
 
         builder = BatchBuilder(shards, Request(views=(self.frozen.preprocessing.view(),)), self.seed)
         found = extract(
-            self.frozen.model, self.features, builder, samples, self.accelerator, batch_size=_BATCH,
-            workers=self.workers,
+            self.frozen.model, self.features, builder, samples, self.accelerator, Compute(precision=_PRECISION),
+            batch_size=_BATCH, workers=self.workers,
         )  # fmt: skip
         self.unreadable += found.unreadable
         return found

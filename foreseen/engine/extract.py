@@ -13,9 +13,11 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from foreseen.config import Compute
 from foreseen.data.loader import BatchBuilder, SweepDataset, load
 from foreseen.data.views import finish
 from foreseen.engine.labelled import Labelled
+from foreseen.engine.launch import autocast, image_dtype
 from foreseen.engine.objective import all_reduce_sum
 from foreseen.models.features import Features, pooled_features
 
@@ -54,10 +56,10 @@ def extract(
     builder: BatchBuilder,
     samples: Samples,
     accelerator: Accelerator,
+    compute: Compute,
     *,
     batch_size: int,
     workers: int,
-    dtype: torch.dtype = torch.float32,
 ) -> Extracted:
     """Run a model over samples in evaluation mode, under the loop's autocast; the model is left as it was.
 
@@ -66,17 +68,17 @@ def extract(
         features: how it is pooled.
         builder: of a request with one view.
         samples: numbers in the set, rising, without a repetition, [N].
-        accelerator: gives device, autocast and ranks; each rank takes its share.
+        accelerator: gives device and ranks; each rank takes its share.
+        compute: the config's section, for the precision.
         batch_size: pictures a rank and forward.
         workers: loader processes.
-        dtype: of the images.
     """
-    device, (view,) = accelerator.device, builder.request.views
+    device, dtype, (view,) = accelerator.device, image_dtype(compute), builder.request.views
     ranks, rank = accelerator.num_processes, accelerator.process_index
     sweep = SweepDataset(builder, batch_size, rank=rank, ranks=ranks, subset=samples)
 
     def pooled(images: Tensor) -> Tensor:
-        with accelerator.autocast():
+        with autocast(accelerator, compute):
             return pooled_features(model, images, features)
 
     with _evaluating(model), torch.no_grad():

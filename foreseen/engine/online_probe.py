@@ -76,8 +76,8 @@ class OnlineProbe:
         return step not in self._history and (step == total_steps or step % self._every == 0)
 
     def run(
-        self, step: int, encoder: nn.Module, accelerator: Accelerator, *, batch_size: int, workers: int,
-        dtype: torch.dtype,
+        self, step: int, encoder: nn.Module, accelerator: Accelerator, compute: config.Compute, *, batch_size: int,
+        workers: int,
     ) -> tuple[dict[str, float], str]:  # fmt: skip
         """Judge the encoder as it is after `step` updates; it is left as it was.
 
@@ -87,8 +87,8 @@ class OnlineProbe:
         began = time.perf_counter()
         features = self._options.features or default_features(encoder)
         extracted = extract(
-            encoder, features, self._builder, self._samples, accelerator, batch_size=batch_size, workers=workers,
-            dtype=dtype,
+            encoder, features, self._builder, self._samples, accelerator, compute, batch_size=batch_size,
+            workers=workers,
         )  # fmt: skip
         found = probe(extracted.features, self._exam(extracted))
         sentence = verdict(found, self._history)

@@ -328,10 +328,11 @@ class _Trainer:
         probe = self.job.probe
         if probe is None or not probe.is_due(step, self.total_steps):
             return
-        values, line = probe.run(
-            step, self.job.objective.encoder(), self.accelerator, batch_size=self.layout.micro_size,
-            workers=self.job.config.data.workers, dtype=self.dtype,
-        )  # fmt: skip
+        with self.judged():
+            values, line = probe.run(
+                step, self.job.objective.encoder(), self.accelerator, self.job.config.compute,
+                batch_size=self.layout.micro_size, workers=self.job.config.data.workers,
+            )  # fmt: skip
         log.scalars(step, values, line=line)
 
     def save(self, step: int, score: float | None) -> None:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from foreseen.commands import pretrain
 from foreseen.commands.verbs import load_recipe
+from foreseen.config import Compute
 from foreseen.data.loader import BatchBuilder
 from foreseen.data.pack import pack
 from foreseen.data.shards import ShardSet
@@ -43,10 +44,15 @@ def _probes(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     }
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"optim__ema_decay": 0.5, "compute__compile": "aot_eager", "compute__checkpoint_activations": True}],
+    ids=["plain", "averaged, compiled, recomputed"],
+)
 def test_a_run_with_probes_is_bit_for_bit_the_run_without(
-    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: dict[str, Any]
 ) -> None:
-    drop = {"model__drop_path_rate": 0.3}
+    drop = {"model__drop_path_rate": 0.3, **more}
     bare = _pretrain(recipe, tmp_path / "bare", probe__every="null", **drop)
     capsys.readouterr()
     probed = _pretrain(recipe, tmp_path / "probed", probe__every=4, probe__labels=True, probe__linear=True, **drop)
@@ -119,7 +125,8 @@ def test_features_are_of_the_samples_that_could_be_read_and_the_model_stays_as_i
 
     def look(batch_size: int) -> Any:
         accelerator = Accelerator(cpu=True)
-        return extract(model, "cls", builder, samples, accelerator, batch_size=batch_size, workers=0)
+        compute = Compute(precision="fp32")
+        return extract(model, "cls", builder, samples, accelerator, compute, batch_size=batch_size, workers=0)
 
     whole, alone = look(5), look(1)
     assert whole.unreadable == 0
