@@ -39,6 +39,6 @@ def _advice(config: Config, layout: BatchLayout, group: int) -> str:
     if not config.compute.checkpoint_activations:
         return (
             "no smaller one fits, so set compute.checkpoint_activations=true: activations are computed again "
-            "in the backward pass, about a third slower, and the results stay"
+            "in the backward pass, a third to a half slower, and the results stay"
         )
     return "no smaller one fits and activations are not kept, so lower views.size or choose a smaller model.name"
