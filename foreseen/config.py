@@ -201,8 +201,8 @@ class Compute(Section):
     """Compile the repeated blocks of all networks: true takes torch.compile's inductor, a name another backend. It pays
     on a GPU in runs of more than some minutes; results stay but for rounding."""
     checkpoint_activations: bool = False
-    """Keep only what goes into each block and compute the rest again in the backward pass: a third to a half slower, much
-    less memory, the same results."""
+    """Keep only what goes into each block and compute the rest again in the backward pass: a third to a half slower,
+    much less memory, the same results."""
 
     @property
     def backend(self) -> str | None:
