@@ -95,6 +95,8 @@ def shrunk(arguments: list[str], shards: Path, archives: Path) -> list[str]:
         return [*arguments[:3], "--from", str(archives), "--workers", "1"]
     if arguments[:2] == ["data", "pack"]:
         return [*arguments, "--workers", "1"]
+    if arguments[0] == "probe":
+        return [*arguments, "--workers", "0"]
     job = split_job(arguments)
     if job is None:
         return arguments

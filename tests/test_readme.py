@@ -157,7 +157,7 @@ def test_the_command_for_two_processes_starts_two(tmp_path: Path, small_shards: 
     assert json.loads(record.read_text(encoding="utf-8"))["starts"][0]["machine"]["ranks"] == 2
 
 
-def test_every_command_and_its_options_are_in_the_readme() -> None:
+def test_every_command_is_in_the_readme() -> None:
     for name in get_command(cli.app).commands:  # type: ignore[attr-defined]
         assert f"`foreseen {name}" in read("README.md")
 
