@@ -90,14 +90,10 @@ class _Exam:
 
     def without_labels(self, shards: "ShardSet") -> "Probe":
         """The spectrum of a fixed choice of a split's pictures."""
-        import numpy as np
-
-        from foreseen.data.order import Order
+        from foreseen.engine.extract import choose
         from foreseen.engine.probe import SPECTRUM_PICTURES, probe
 
-        count = min(len(shards), SPECTRUM_PICTURES)
-        chosen = np.sort(Order(self.seed, len(shards)).samples(np.arange(count)))
-        return probe(self._seen(shards, chosen).features)
+        return probe(self._seen(shards, choose(len(shards), SPECTRUM_PICTURES, self.seed)).features)
 
     def with_labels(self, shards: "ShardSet", test: "ShardSet") -> "Probe":
         """Everything: the test split is read once, and nothing is chosen by it."""
@@ -115,11 +111,6 @@ class _Exam:
         parts = labelled_subsets(
             shards.labels, validation_fraction=_VALIDATION_FRACTION, shots=self.shots, seed=self.seed
         )
-        if self.linear and not len(parts.validation):
-            raise BadInput(
-                f"no class of {shards.path} has two labels in split {shards.split!r}, so no learning rate can be "
-                "chosen on validation; add --no-linear"
-            )
         both = np.union1d(parts.train, parts.validation)
         seen, judged = self._seen(shards, both), self._seen(test, np.flatnonzero(test.labels >= 0))
         train, validation = (seen.labelled(part, shards.labels) for part in (parts.train, parts.validation))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from foreseen.config import Compute
 from foreseen.data.loader import BatchBuilder, SweepDataset, load
+from foreseen.data.order import Order
 from foreseen.data.views import finish
 from foreseen.engine.labelled import Labelled
 from foreseen.engine.launch import autocast, image_dtype
@@ -48,6 +49,11 @@ class Extracted:
         rows = np.flatnonzero(np.isin(self.samples, chosen))
         known = torch.from_numpy(labels[self.samples[rows]].astype(np.int64)).to(self.features.device)
         return Labelled(self.features[torch.from_numpy(rows).to(self.features.device)], known)
+
+
+def choose(total: int, count: int, seed: int) -> Samples:
+    """A fixed choice of at most `count` numbers in [0, total), rising; a larger count adds to it."""
+    return np.sort(Order(seed, total).samples(np.arange(min(count, total))))
 
 
 def extract(

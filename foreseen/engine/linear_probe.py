@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foreseen.data.order import Order
 from foreseen.engine.labelled import Accuracy, Labelled, accuracy, hits
+from foreseen.errors import BadInput
 from foreseen.keys import stream_constant
 
 # Three a decade and four decades, as DINOv2's thirteen values; larger ones, since the features are normed.
@@ -56,7 +57,15 @@ def linear_probe(
         judged: scored with the chosen learning rate only.
         num_classes: K.
         seed: of the initial weights and the order of the pictures.
+
+    Raises:
+        BadInput: there is nothing to choose by.
     """
+    if not len(validation.labels):
+        raise BadInput(
+            "no class has two labels, so none can be set aside to choose the linear probe's learning rate by; leave "
+            "the linear probe out (probe.linear=false, --no-linear) or label more"
+        )
     mean = train.features.float().mean(0)
     scale = (train.features.float().var(0, correction=0) + _EPSILON).rsqrt()
 

@@ -11,11 +11,10 @@ from torch import nn
 
 from foreseen import config
 from foreseen.data.loader import BatchBuilder
-from foreseen.data.order import Order
 from foreseen.data.shards import ShardSet
 from foreseen.data.subsets import Subsets, labelled_subsets
 from foreseen.data.views import Request, View
-from foreseen.engine.extract import Extracted, Samples, extract
+from foreseen.engine.extract import Extracted, Samples, choose, extract
 from foreseen.engine.probe import Exam, probe
 from foreseen.engine.verdict import verdict
 from foreseen.errors import BadInput
@@ -50,8 +49,11 @@ class OnlineProbe:
         self._every = options.every or 0
         self._history: dict[int, dict[str, float]] = {}
         self._began, self._spent_s = time.perf_counter(), 0.0
-        everything = np.flatnonzero(_labels(shards) >= 0) if has_labels else np.arange(len(shards), dtype=np.int64)
-        self._samples = _some(everything, options.samples, seed)
+        if has_labels:
+            labelled = np.flatnonzero(_labels(shards) >= 0)
+            self._samples = labelled[choose(len(labelled), options.samples, seed)]
+        else:
+            self._samples = choose(len(shards), options.samples, seed)
         self._cut: Subsets | None = None
         if has_labels:
             self._cut = _cut(shards, self._samples, options.validation_fraction, seed)
@@ -121,19 +123,12 @@ class OnlineProbe:
 
 
 def _labels(shards: ShardSet) -> Samples:
-    if shards.labels is None:
+    if shards.labels is None or not (shards.labels >= 0).any():
         raise BadInput(
             f"split {shards.split!r} of {shards.path} has no labels to probe by; name labelled data in probe.data, or "
             "leave probe.data and probe.labels out for the numbers that need none"
         )
     return shards.labels.astype(np.int64)
-
-
-def _some(samples: Samples, count: int, seed: int) -> Samples:
-    """A fixed choice of so many samples at most, rising."""
-    if not len(samples):
-        raise BadInput("no picture that probe.data names has a label")
-    return np.sort(samples[Order(seed, len(samples)).samples(np.arange(min(count, len(samples))))])
 
 
 def _cut(shards: ShardSet, samples: Samples, validation_fraction: float, seed: int) -> Subsets:

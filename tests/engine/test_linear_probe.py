@@ -1,8 +1,10 @@
+import pytest
 import torch
 from torch import Tensor
 
 from foreseen.engine.labelled import Labelled
 from foreseen.engine.linear_probe import LEARNING_RATES, linear_probe
+from foreseen.errors import BadInput
 
 
 def _features(count: int, seed: int, scale: Tensor) -> Labelled:
@@ -37,6 +39,12 @@ def test_a_seed_gives_the_same_bits_and_touches_no_global_generator() -> None:
     before = torch.get_rng_state()
     assert _probe() == _probe()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_validation_nothing_is_chosen() -> None:
+    part = _features(30, 0, torch.ones(6))
+    with pytest.raises(BadInput, match="--no-linear"):
+        linear_probe(part, Labelled(part.features[:0], part.labels[:0]), part, num_classes=3, seed=0)
 
 
 def test_the_judged_pictures_choose_nothing() -> None:
