@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 TRAIN, TEST, SIZE_PX = 6000, 1200, 48
 SEEDS = 5
 _RECIPE = "{}_cpu_minutes"
+_PROBE = ("probe.every=1000", "probe.samples=1800", "probe.validation_fraction=0.33")
 
 
 def quickstart(
@@ -47,7 +48,7 @@ def quickstart(
     except Preempted as stopped:
         print(f"{stopped}; the same command goes on from there")
         return leave(preempted=True)
-    page = write_page(out, pretraining, plan, [])
+    page = write_page(out, pretraining, plan)
     print(f"\n{report}\n")
     print(f"The page of it, with pictures: {page}   ({time.monotonic() - began:.0f} s)")
     print(f"Everything in TensorBoard: tensorboard --logdir {out}")
@@ -65,7 +66,10 @@ def configs(out: Path, method: str, seed: int) -> "tuple[Config, Config]":
         raise BadInput(f"--method {method} has no recipe for minutes on a CPU; there are {', '.join(known)}")
     common = [f"data.path={out / 'shards'}", "data.workers=0", f"seed={seed}"]
     pretraining = load_recipe(
-        "pretrain", _RECIPE.format(method), [*common, f"run.dir={out / 'pretrain'}", "run.log_every=250"]
+        "pretrain",
+        _RECIPE.format(method),
+        # The probe reads labels of pretraining pictures, to show; nothing is chosen by it.
+        [*common, f"run.dir={out / 'pretrain'}", "run.log_every=250", "probe.labels=true", *_PROBE],
     )
     finetuning = load_recipe(
         "finetune",
@@ -125,8 +129,8 @@ def _teller(config: "Config") -> Callable[[], None]:
         if log.is_file():
             lines = log.read_text(encoding="utf-8").split("\n")[:-1]
             for line in lines[told:]:
-                if line.startswith("step"):
-                    print(f"   pretraining {line}", flush=True)
+                if line.startswith(("step", "  ")):
+                    print(f"   {line}", flush=True)
             told = len(lines)
 
     return tell

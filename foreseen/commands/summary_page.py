@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foreseen.config import Config
 
 FILE_NAME = "summary.html"
+_BLUE, _RED, _DARK = "#2a7f9e", "#b5562b", "#1c2733"
 _ZOOM = 2  # the pictures are small
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733; }
@@ -32,14 +33,13 @@ pre { background: #f3f5f7; padding: .8rem; }
 """
 
 
-def write_page(folder: Path, pretraining: "Config", plan: "Plan", probes: list[str]) -> Path:
+def write_page(folder: Path, pretraining: "Config", plan: "Plan") -> Path:
     """Write `summary.html` from the folders of finished runs.
 
     Args:
         folder: where to.
         pretraining: the job that made the encoder.
         plan: the comparison that it was judged by, concluded.
-        probes: what its frozen features came out at, a sentence each.
 
     Returns:
         The file.
@@ -64,14 +64,17 @@ def write_page(folder: Path, pretraining: "Config", plan: "Plan", probes: list[s
         ),
         f"<h2>What {html.escape(method)} learned without labels</h2>",
         *(_figure(image, caption) for caption, image in _pictures(pretraining.run.dir / "tensorboard").items()),
-        *(f"<p>{html.escape(sentence)}</p>" for sentence in probes),
         _figure(
-            _losses(pretraining, plan), "Left: pretraining. Right: the labelled pictures of the first seed.", "plot"
+            _curves(pretraining, plan),
+            "Pretraining's loss; how often the frozen encoder's nearest neighbours name the breed, from before the "
+            "first step on; and the training loss on the labelled pictures of the first seed.",
+            "plot",
         ),
         "<h2>Your own pictures</h2>",
         "<pre>foreseen data pack MY_PICTURES shards/mine --max-side 500\n"
-        f"foreseen pretrain {method}_vit_b16 data.path=shards/mine\n"
-        "foreseen finetune vit_b16_mae data.path=MY_LABELLED model.init_from=runs/.../encoder --controls</pre>",
+        "foreseen recipes                       # what is shipped; a copy in a .yaml file is a recipe, too\n"
+        f"foreseen pretrain {method}_cpu_minutes data.path=shards/mine run.dir=runs/mine\n"
+        "foreseen finetune cpu_minutes data.path=MY_LABELLED model.init_from=runs/mine/encoder --controls</pre>",
     ]
     title = f"foreseen quickstart: {method}"
     page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>\n" + "\n".join(parts)
@@ -116,8 +119,8 @@ def _scores(record: dict[str, Any]) -> "Figure":
     figure = Figure(figsize=(9, 0.6 * len(arms) + 0.9), layout="constrained")
     axes = figure.subplots()
     for row, arm in enumerate(arms):
-        axes.plot(arm["test"], [row] * len(arm["test"]), "o", color="#2a7f9e", alpha=0.6)
-        axes.plot([arm["mean"]] * 2, [row - 0.25, row + 0.25], color="#1c2733", linewidth=2)
+        axes.plot(arm["test"], [row] * len(arm["test"]), "o", color=_BLUE, alpha=0.6)
+        axes.plot([arm["mean"]] * 2, [row - 0.25, row + 0.25], color=_DARK, linewidth=2)
     axes.set_yticks(range(len(arms)), [arm["title"] for arm in arms])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
@@ -157,27 +160,33 @@ def _pictures(events: Path) -> "dict[str, Image]":
     return pictures
 
 
-def _losses(pretraining: "Config", plan: "Plan") -> "Figure":
+def _curves(pretraining: "Config", plan: "Plan") -> "Figure":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(*_curve(pretraining.run.dir), color="#2a7f9e")
-    left.set(title=f"{pretraining.method.name} loss", xlabel="step")
-    chosen = plan.chosen()
-    for arm, colour in ((plan.pretrained, "#2a7f9e"), (chosen, "#b5562b")):
-        right.plot(*_curve(arm.seeded(plan.seeds[0]).run.dir), color=colour, label=arm.title)
-    right.set(title="training loss", xlabel="step")
-    right.legend()
-    for axes in (left, right):
+    from foreseen.data.procedural import BREEDS
+
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    loss, probe, labelled = figure.subplots(1, 3)
+    loss.plot(*_curve(pretraining.run.dir, "loss"), color=_BLUE)
+    loss.set(title=f"{pretraining.method.name} loss", xlabel="step")
+    steps, accuracy = _curve(pretraining.run.dir, "probe/knn_top1")
+    probe.plot(steps, [100 * share for share in accuracy], "o-", color=_BLUE)
+    probe.axhline(100 / len(BREEDS), color=_DARK, linestyle=":", label="chance")
+    probe.set(title="k-NN of frozen features, %", xlabel="step", ylim=(0, None))
+    probe.legend()
+    for arm, colour in ((plan.pretrained, _BLUE), (plan.chosen(), _RED)):
+        labelled.plot(*_curve(arm.seeded(plan.seeds[0]).run.dir, "loss"), color=colour, label=arm.title)
+    labelled.set(title="fine-tuning loss", xlabel="step")
+    labelled.legend()
+    for axes in (loss, probe, labelled):
         axes.grid(alpha=0.3)
     return figure
 
 
-def _curve(folder: Path) -> tuple[list[int], list[float]]:
+def _curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    return [step for step, _ in points], [loss for _, loss in points]
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _figure(picture: "Figure | Image", caption: str, kind: str = "pixels") -> str:

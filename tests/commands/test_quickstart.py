@@ -21,8 +21,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         run = config.run.model_copy(update={"steps": steps, "save_every": steps, "log_every": 1})
         optim = config.optim.model_copy(update={"warmup_steps": 1})
         data = config.data.model_copy(update={"shots": config.data.shots and 2})
+        probe = config.probe.model_copy(update={"every": config.probe.every and steps, "samples": 60})
         batch = config.batch.model_copy(update={"global_size": 8})
-        return config.model_copy(update={"run": run, "optim": optim, "data": data, "batch": batch})
+        return config.model_copy(update={"run": run, "optim": optim, "data": data, "batch": batch, "probe": probe})
 
     def configs(out: Path, method: str, seed: int) -> tuple[Config, Config]:
         pretraining, finetuning = whole(out, method, seed)
