@@ -19,6 +19,7 @@ from foreseen.device_keys import keyed_permutation, subkey
 from foreseen.engine.objective import Objective, Progress
 from foreseen.errors import BadInput
 from foreseen.handoff.encoder import create_encoder
+from foreseen.models.backbone import architecture_of
 from foreseen.models.drop_path import draw_drop_path
 from foreseen.models.masked_vit import (
     PatchDecoder,
@@ -94,7 +95,7 @@ class MAE(Objective):
         assert isinstance(options, MAEOptions)
         encoder = create_encoder(config.model, img_size=config.views.size)
         view = configured_view(config.views, encoder.preprocessing.mean, encoder.preprocessing.std)
-        objective = cls(check_plain_vit(encoder.model, config.model.name), options, view)
+        objective = cls(check_plain_vit(encoder.model, architecture_of(encoder.model)[0]), options, view)
         initialise(objective.decoder)
         if config.model.init_from is None:
             initialise(objective.vit)

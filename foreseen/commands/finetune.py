@@ -64,8 +64,9 @@ def run(config: "Config") -> "Outcome":
         shards = open_shards(config, config.data.split, accelerator)
         if shards.labels is None:
             raise BadInput(
-                f"split {shards.split!r} of data.path {shards.path} has no labels; pack it with labels "
-                "(foreseen data pack SRC OUT --labels folder)"
+                f"split {shards.split!r} of data.path {config.data.path} has no labels; they come from class folders "
+                "(ROOT/class/*.jpg, and no picture outside one), from a column of a CSV (data.columns.label), or from "
+                "foreseen data pack SRC OUT --labels folder"
             )
         data = config.data
         subsets = labelled_subsets(
@@ -106,9 +107,10 @@ def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: in
     if not accelerator.is_main_process:
         return
     seen = Preprocessing.of_view(objective.evaluation_request().views[0])
-    lineage = describe_lineage(config, job.builder.shards, outcome.best_step or outcome.step) | {"result": result}
+    step, encoder = outcome.best_step or outcome.step, objective.encoder()
+    lineage = describe_lineage(config, job.builder.shards, step, encoder) | {"result": result}
     folder = config.run.dir / "encoder"
-    save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
+    save_encoder(encoder, folder, preprocessing=seen, lineage=lineage)
     accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
 
 

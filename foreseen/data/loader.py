@@ -4,6 +4,8 @@ A loader is torch's own DataLoader over a range of micro-batch numbers; it has n
 the range elsewhere. A sample that cannot be read is replaced by rule, so no other sample moves.
 """
 
+import atexit
+import multiprocessing
 import multiprocessing.forkserver
 import signal
 import threading
@@ -190,6 +192,17 @@ def _start_worker(worker: int) -> None:
     for number in _SIGNALS_TO_RANKS:
         signal.signal(number, signal.SIG_IGN)
     exit_with_the_parent()  # torch's own watchdog sees only the fork server
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers of a process that leaves in the middle of a load, with an error.
+
+    multiprocessing would tell them by a signal that they ignore, and then wait for them for ever.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _fork_server() -> BaseContext:

@@ -11,6 +11,7 @@ A folder is written beside its place, loaded back and compared, and only then pu
 """
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -86,7 +87,9 @@ class EncoderFolder:
         num_classes: of its head; 0 for none.
         state: its weights.
         preprocessing: what it wants done to images.
-        lineage: where it is from; empty for folders that others made.
+        licence: terms of public weights, where they say them; those of a run's own are in its lineage.
+        weights: sha256 of `model.safetensors`; None for public weights.
+        lineage: where it is from; empty for public weights and folders that others made.
     """
 
     source: str
@@ -95,6 +98,8 @@ class EncoderFolder:
     num_classes: int
     state: dict[str, Tensor]
     preprocessing: Preprocessing
+    licence: str | None
+    weights: str | None
     lineage: dict[str, Any]
 
 
@@ -139,11 +144,29 @@ def create_encoder(
         drop_path_rate=model.drop_path_rate,
         args=model.args,
     )
+    marked: Any = backbone
+    marked.foreseen_parent = begin and _describe(begin)
     if begin is None:
         return Encoder(backbone, Preprocessing(IMAGENET_MEAN, IMAGENET_STD, "bicubic", 0.875, img_size), None)
     done = initialise(backbone, begin.state, img_size=begin.preprocessing.size, source=begin.source)
     kept = begin.preprocessing
     return Encoder(backbone, Preprocessing(kept.mean, kept.std, kept.interpolation, kept.crop_fraction, img_size), done)
+
+
+def parents_of(model: nn.Module) -> list[dict[str, Any]]:
+    """What a backbone of `create_encoder` began from: none, or one parent with its own lineage, as it was then."""
+    parent = getattr(model, "foreseen_parent", None)
+    return [] if parent is None else [parent]
+
+
+def _describe(encoder: EncoderFolder) -> dict[str, Any]:
+    return {
+        "source": encoder.source,
+        "architecture": encoder.architecture,
+        "weights_sha256": encoder.weights,
+        "licence": encoder.licence,
+        "lineage": encoder.lineage,
+    }
 
 
 def own_args(encoder: EncoderFolder) -> dict[str, Any]:
@@ -167,8 +190,9 @@ def load_encoder(init_from: str | Path) -> EncoderFolder:
         inner = f"; did you mean {folder / 'encoder'}?" if (folder / "encoder" / "config.json").is_file() else ""
         raise BadInput(f"{folder} is no encoder folder: config.json or model.safetensors is missing{inner}")
     try:
-        described = json.loads((folder / "config.json").read_text())
-        lineage = folder / "lineage.json"
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with (folder / "model.safetensors").open("rb") as file:
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
         return EncoderFolder(
             source=str(folder),
             architecture=described["architecture"],
@@ -176,28 +200,40 @@ def load_encoder(init_from: str | Path) -> EncoderFolder:
             num_classes=described["num_classes"],
             state=load_file(folder / "model.safetensors"),
             preprocessing=_preprocessing(described["pretrained_cfg"]),
-            lineage=json.loads(lineage.read_text()) if lineage.is_file() else {},
+            licence=described["pretrained_cfg"].get("license"),
+            weights=weights,
+            lineage=_read_lineage(folder / "lineage.json"),
         )
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise BadInput(f"the encoder folder {folder} cannot be read: {type(error).__name__}: {error}") from error
 
 
+def _read_lineage(file: Path) -> dict[str, Any]:
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError("lineage.json holds no object")
+    return found
+
+
 def _load_public(name: str) -> EncoderFolder:
     if ":" in name or "/" in name or not is_model(name):
-        raise BadInput(f"model.init_from timm:{name} names no model of timm")
+        raise BadInput(f"model.init_from {PUBLIC}{name} names no model of timm")
     try:
         with torch.random.fork_rng(devices=[]):
             model: Any = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"the weights of model.init_from timm:{name} cannot be had: {error}") from error
+    except Exception as error:  # timm's own, the hub's, and those of the network behind it
+        raise BadInput(f"the weights of model.init_from {PUBLIC}{name} cannot be had: {error}") from error
+    architecture, cfg = split_model_name_tag(name)[0], model.pretrained_cfg
     return EncoderFolder(
-        source=f"{PUBLIC}{name}",
-        architecture=split_model_name_tag(name)[0],
+        source=f"{PUBLIC}{architecture}.{cfg['tag']}" if cfg.get("tag") else f"{PUBLIC}{name}",
+        architecture=architecture,
         model_args={},
         num_classes=model.num_classes,
         state=model.state_dict(),
-        preprocessing=_preprocessing(model.pretrained_cfg),
-        lineage={"parents": [f"{PUBLIC}{name}"], "licences": [model.pretrained_cfg.get("license")]},
+        preprocessing=_preprocessing(cfg),
+        licence=cfg.get("license"),
+        weights=None,
+        lineage={},
     )
 
 

@@ -1,28 +1,38 @@
 """Where an encoder comes from: what a reader needs to know, and to cite, before using it."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from foreseen import __version__
 from foreseen.config import Config
 from foreseen.data.manifest import read_manifest
 from foreseen.data.shards import ShardSet
+from foreseen.handoff.encoder import parents_of
 
 
-def describe_lineage(config: Config, shards: ShardSet, step: int) -> dict[str, Any]:
+def describe_lineage(config: Config, shards: ShardSet, step: int, model: nn.Module) -> dict[str, Any]:
     """The lineage of a run's encoder.
+
+    Each parent is recorded with its own lineage, so the chain back to random weights is in one file, whatever happens
+    to the parents' folders. `licences` are the terms of all data and public weights along it, where they are known.
 
     Args:
         config: of the run, resolved.
         shards: what it was trained on.
         step: updates made.
+        model: the encoder, of `create_encoder`.
     """
     manifest = read_manifest(shards.path).splits[shards.split]
+    parents = parents_of(model)
     return {
         "method": config.method.name,
         "steps": step,
         "samples_seen": step * config.batch.global_size,
         "seed": config.seed,
-        "parents": [config.model.init_from] if config.model.init_from else [],
+        "licences": _licences(manifest.licence, parents),
+        "parents": parents,
         "data": {
             "split": shards.split,
             "samples": len(shards),
@@ -33,3 +43,11 @@ def describe_lineage(config: Config, shards: ShardSet, step: int) -> dict[str, A
         "foreseen": __version__,
         "config": config.model_dump(mode="json"),
     }
+
+
+def _licences(own: str | None, parents: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = {own} | {parent["licence"] for parent in parents}
+    for parent in parents:
+        inherited = parent["lineage"].get("licences")
+        found |= set(map(str, inherited)) if isinstance(inherited, list) else set()
+    return sorted(str(licence) for licence in found if licence)

@@ -73,6 +73,8 @@ def create_backbone(
     (hard if drop_path_rate > 0 else soft)["drop_path_rate"] = drop_path_rate
     if pool is not None:
         hard["global_pool"] = {"mean": "avg", "token": "token"}[pool]
+    elif args.get("class_token") is False:
+        hard["global_pool"] = "avg"  # the model's own would need the token
     model, taken = _build(name, hard, soft)
     _check_patches(model, img_size)
     replace_drop_path(model)

@@ -92,4 +92,4 @@ def _misfit(names: list[str], wanted: Mapping[str, Tensor], given: Mapping[str, 
     else:
         what = f"{name} is {list(given[name].shape)} in {source} and {list(wanted[name].shape)} in the model"
     more = f" (and {len(set(names)) - 1} more)" if len(set(names)) > 1 else ""
-    return f"{what}{more}; leave model.name and model.args out to take the encoder's own, or change model.init_from"
+    return f"{what}{more}; set model.name=null and model.args=null to take the encoder's own, or change model.init_from"

@@ -38,7 +38,7 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def check_plain_vit(model: nn.Module, name: str | None) -> VisionTransformer:
+def check_plain_vit(model: nn.Module, name: str) -> VisionTransformer:
     """The model itself, if its patches can be hidden.
 
     Raises:

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,3 +148,30 @@ def test_the_door_prints_the_sentence_and_exits_with_two(
 def test_recipes_are_listed_and_printed() -> None:
     assert "foreseen pretrain mae_vit_b16" in _foreseen("recipes")
     assert "mask_ratio: 0.75" in _foreseen("recipes", "mae_vit_b16")
+
+
+def test_labels_that_allow_no_validation_are_refused(picture_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / "few" / name).mkdir(parents=True)
+        picture = next((picture_folder / name).iterdir())
+        (tmp_path / "few" / name / "only.jpg").write_bytes(picture.read_bytes())
+    _foreseen("data", "pack", str(tmp_path / "few"), str(tmp_path / "set"), "--labels", "folder", "--workers", "1")
+    small = recipe(run__steps=2, model__init_from="null", data__path=tmp_path / "set", data__shots="null")
+    said = _refused("finetune", "cpu_minutes", *small)
+    assert "has two labels, so none can be set aside for validation" in said
+
+
+@pytest.mark.slow
+def test_bad_input_that_a_loader_worker_meets_is_a_sentence_too(
+    small_shards: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    shutil.copytree(small_shards, tmp_path / "damaged")
+    for shard in (tmp_path / "damaged").glob("*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    small = recipe(run__steps=2, optim__warmup_steps=1, data__path=tmp_path / "damaged", data__workers=1)
+    command = [sys.executable, "-m", "foreseen", "pretrain", "mae_cpu_minutes", *small]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("foreseen: 21 samples in a row of")
+    assert "the set is damaged, pack it again" in ended.stderr
+    assert ended.stderr.count("\n") == 1, ended.stderr
