@@ -10,6 +10,7 @@ pixels 20.8 to 22.7 and colour histograms 8.8 to 9.2 with 120 labels, 48 to 53 a
 
 import argparse
 import json
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -71,7 +72,8 @@ def vit_accuracy(options: argparse.Namespace) -> tuple[float, float]:
             "optim.warmup_steps": 200, "run.save_every": 500, "run.log_every": 500,
         }  # fmt: skip
         recipe = [f"{key}={value}" for key, value in overrides.items()]
-        finetune.run(load_recipe("finetune", "cpu_minutes_scratch", recipe))
+        if finetune.run(load_recipe("finetune", "cpu_minutes_scratch", recipe)).preempted:
+            sys.exit("told to stop")
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     return 100 * result["validation"]["top1"], 100 * result["test"]["top1"]
 
