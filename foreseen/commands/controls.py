@@ -199,11 +199,8 @@ def as_the_encoder(config: "Config", encoder: "EncoderFolder") -> "Config":
 
 
 def _start_of(encoder: "EncoderFolder") -> str | None:
-    parents = encoder.lineage.get("parents") or []
-    if encoder.source.startswith("timm:") or not parents:
-        return None
-    parent = parents[0]
-    return str(parent["source"] if isinstance(parent, dict) else parent)
+    parents = encoder.lineage.get("parents")
+    return str(parents[0]["source"]) if parents and not encoder.source.startswith("timm:") else None
 
 
 def claim_folder(config: "Config") -> None:
@@ -346,8 +343,7 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     tried = plan.seeds[: plan.tuning_seeds]
     config = plan.pretrained.config
     verdict = " ".join(_sentence(sides[name][1], difference) for name, difference in differences.items())
-    seen = lineage.get("data", {}).get("fingerprint")
-    if seen is not None and seen == _result(plan.pretrained.seeded(plan.seeds[0])).get("test_data"):
+    if _result(plan.pretrained.seeded(plan.seeds[0])).get("test_data") in _splits_seen(lineage):
         verdict += " TRANSDUCTIVE: pretraining saw the test pictures, so this is no headline."
     record = {
         "encoder": config.model.init_from,
@@ -365,6 +361,14 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
         write_atomically(config.run.dir.parent / FILE_NAME, json.dumps(record, indent=2) + "\n")
         _add_to_card(config, report)
     return report
+
+
+def _splits_seen(lineage: dict[str, Any]) -> set[str]:
+    """Fingerprints of the splits that an encoder, and whatever it began from, was trained on."""
+    seen = {fingerprint} if (fingerprint := lineage.get("data", {}).get("fingerprint")) else set()
+    for parent in lineage.get("parents") or []:
+        seen |= _splits_seen(parent.get("lineage") or {})
+    return seen
 
 
 def _sentence(against: str, difference: Any) -> str:

@@ -61,6 +61,7 @@ def write_page(folder: Path, pretraining: "Config", plan: "Plan") -> Path:
         _figure(
             _breeds(pretraining.views.size[0]),
             "Twelve breeds, told apart by ears, face and coat; colour, pose, light and background say nothing.",
+            "plot",
         ),
         f"<h2>What {html.escape(method)} learned without labels</h2>",
         *(_figure(image, caption) for caption, image in _pictures(pretraining.run.dir / "tensorboard").items()),
@@ -129,21 +130,25 @@ def _scores(record: dict[str, Any]) -> "Figure":
     return figure
 
 
-def _breeds(size: int) -> "Image":
-    import numpy as np
-    from PIL import Image
+def _breeds(size: int) -> "Figure":
+    from matplotlib.figure import Figure
 
     from foreseen.data.procedural import BREEDS, draw_pet
 
-    found: dict[int, list[Any]] = {breed: [] for breed in range(len(BREEDS))}
+    figure = Figure(figsize=(12, 2.5), layout="constrained")
+    columns = figure.subplots(2, len(BREEDS))
+    empty = {breed: list(columns[:, breed]) for breed in range(len(BREEDS))}
     number = 0
-    while any(len(pictures) < 2 for pictures in found.values()):
+    while any(empty.values()):
         pet = draw_pet(0, number, size=size)
-        found[pet.label].append(pet.image)
         number += 1
-    rows = [np.concatenate([found[breed][row] for breed in found], axis=1) for row in range(2)]
-    sheet = Image.fromarray(np.concatenate(rows))
-    return sheet.resize((_ZOOM * sheet.width, _ZOOM * sheet.height), Image.Resampling.NEAREST)
+        if empty[pet.label]:
+            empty[pet.label].pop().imshow(pet.image)
+    for breed, name in enumerate(BREEDS):
+        columns[0, breed].set_title(name.replace("-", "\n"), fontsize=9)
+    for axes in columns.flat:
+        axes.axis("off")
+    return figure
 
 
 def _pictures(events: Path) -> "dict[str, Image]":

@@ -102,7 +102,8 @@ def test_no_gain_and_a_loss_are_told_as_such(tmp_path: Path) -> None:
 def test_an_encoder_that_saw_the_test_pictures_is_labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = controls._result
     monkeypatch.setattr(controls, "_result", lambda config: found(config) | {"test_data": "abc"})
-    lineage = {"data": {"fingerprint": "abc"}}
+    parent = {"source": "timm:x", "lineage": {"data": {"fingerprint": "abc"}}}
+    lineage = {"data": {"fingerprint": "other"}, "parents": [parent]}
     report = _study(tmp_path, pretrained=[0.50, 0.52], scratch=[0.40, 0.43], lineage=lineage)
     assert "TRANSDUCTIVE" in report
 
