@@ -160,7 +160,9 @@ class MAE(Objective):
         seen = patches.scatter(1, index, 0.0)
         filled = patches.scatter(1, index, prediction.to(patches.dtype))
         rows = [images, *(unpatchify(p, self.patch_size, self.grid) for p in (seen, filled))]
-        name = "original, visible, reconstruction" + (" (patch mean and contrast lent)" if self.options.norm_pix_loss else "")
+        name = "original, visible, reconstruction" + (
+            " (patch mean and contrast lent)" if self.options.norm_pix_loss else ""
+        )
         return {name: torch.cat([denormalise(row, self.view.mean, self.view.std) for row in rows], dim=3)}
 
 

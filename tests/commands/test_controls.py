@@ -38,7 +38,7 @@ def test_scratch_is_the_same_recipe_and_three_rates_of_its_own_without_layer_dec
     assert recipes == [(2e-3, 0.8), (5e-4, None), (1e-3, None), (2e-3, None)]
     assert all(arm.config.model.init_from is None for arm in plan.scratch)
     assert all(arm.config.run.steps == plan.pretrained.config.run.steps for arm in plan.scratch)
-    assert controls.tripled(plan.scratch[1]).config.run.steps == 3 * 250
+    assert controls.tripled(plan.scratch[1]).config.run.steps == 3 * plan.pretrained.config.run.steps
 
 
 def test_every_side_of_a_seed_has_the_same_labels_and_each_seed_its_own() -> None:
@@ -58,7 +58,9 @@ def test_validation_chooses_scratch_and_test_does_not(tmp_path: Path) -> None:
     assert plan.chosen() is plan.scratch[2]
     remaining = plan.remaining_scratch(plan.chosen())
     assert [config.seed for config in remaining] == [2, 0, 1, 2]
-    assert [config.run.steps for config in remaining] == [250, 750, 750, 750]
+    steps = plan.pretrained.config.run.steps
+    assert steps is not None
+    assert [config.run.steps for config in remaining] == [steps] + 3 * [3 * steps]
 
 
 def _study(tmp_path: Path, *, pretrained: list[float], scratch: list[float], lineage: dict[str, Any]) -> str:
