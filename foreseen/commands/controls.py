@@ -261,17 +261,21 @@ def is_finished(config: "Config") -> bool:
     """Whether this very run is in its folder already, with its score.
 
     Raises:
-        BadInput: the folder holds another job's run.
+        BadInput: the folder holds another job's run, or one on other pictures or labels.
     """
     import yaml
 
-    from foreseen.engine.resume import check_same_config
+    from foreseen.commands.session import open_shards
+    from foreseen.engine.launch import start
+    from foreseen.engine.resume import check_same_config, check_same_data
 
     folder = config.run.dir
     if not (folder / "result.json").is_file() or not (folder / "config.yaml").is_file():
         return False
-    resolved = config.with_length(_result(config)["training_samples"])
+    result = _result(config)
+    resolved = config.with_length(result["training_samples"])
     check_same_config(resolved, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    check_same_data(open_shards(config, config.data.split, start(config.compute)), result["training_data"])
     return True
 
 

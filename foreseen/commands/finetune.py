@@ -121,6 +121,7 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
     from foreseen.data.loader import BatchBuilder, SweepDataset
     from foreseen.engine.checkpoint import Checkpoints
     from foreseen.engine.evaluate import evaluate
+    from foreseen.engine.resume import describe_data
     from foreseen.errors import BadInput
     from foreseen.files import write_atomically
 
@@ -129,6 +130,7 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
     result: dict[str, Any] = {
         "step": outcome.best_step or outcome.step,
         "training_samples": len(job.subset),
+        "training_data": describe_data(job.builder.shards, labels=True),
         "validation": {"top1": best[1] if best else None},
     }
     try:

@@ -40,6 +40,7 @@ def session(config: Config) -> Iterator[tuple[Accelerator, Say]]:
         if accelerator.is_main_process:
             record_start(config.run.dir, describe_start(describe_devices(accelerator)))
         torch.manual_seed(config.seed)
+        held.callback(_pack_once.cache_clear)  # it would keep the accelerator, and with that the model
         yield accelerator, accelerator.print
         accelerator.wait_for_everyone()
 

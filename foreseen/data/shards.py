@@ -9,6 +9,7 @@ than all the rest of the start.
 """
 
 import hashlib
+import json
 import os
 import zlib
 from bisect import bisect_right
@@ -45,7 +46,7 @@ class ShardSet:
         classes: class names, or None.
         mean, std: of each RGB channel in [0, 1], or None.
         labels: class number of every sample, [N] int32, -1 where unlabelled; None when the split has no labels.
-        fingerprint: changes when the samples do; not with the folder's place or the files' times.
+        fingerprint: changes when the pictures do; not with the folder's place, the files' times or the labels.
     """
 
     def __init__(
@@ -80,6 +81,15 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def labels_fingerprint(self) -> str | None:
+        """Changes when a label or a class name does; None without labels. Reads all of them."""
+        if self.labels is None:
+            return None
+        digest = hashlib.blake2b(np.ascontiguousarray(self.labels, dtype="<i4").data, digest_size=16)
+        digest.update(json.dumps(self.classes).encode())
+        return digest.hexdigest()
 
     @property
     def num_classes(self) -> int:

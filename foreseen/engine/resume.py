@@ -1,5 +1,6 @@
 """What makes two starts the same run: the config but for what cannot change the result, and the data."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from foreseen.config import Config
@@ -16,14 +17,39 @@ _FREE = {
 }  # fmt: skip
 
 
-def run_state(config: Config, fingerprint: str, step: int) -> dict[str, Any]:
-    """What a checkpoint says of its run."""
+def run_state(config: Config, data: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What a checkpoint says of its run; `data` is of `describe_data`."""
     return {
         "order_version": ORDER_VERSION,
         "samples_seen": step * config.batch.global_size,
-        "dataset_fingerprint": fingerprint,
+        **data,
         "config": config.model_dump(mode="json"),
     }
+
+
+def describe_data(shards: ShardSet, *, labels: bool) -> dict[str, str | None]:
+    """What a run was trained on; `labels` where it was trained on labels, too."""
+    return {
+        "dataset_fingerprint": shards.fingerprint,
+        "labels_fingerprint": shards.labels_fingerprint if labels else None,
+    }
+
+
+def check_same_data(shards: ShardSet, then: Mapping[str, Any]) -> None:
+    """Refuse to go on with other pictures, or other labels where labels were trained on.
+
+    Args:
+        shards: of this start.
+        then: of `describe_data`, at the first start.
+
+    Raises:
+        BadInput: says which changed.
+    """
+    where = f"split {shards.split!r} in data.path {shards.path} changed since the run in run.dir was begun"
+    if then["dataset_fingerprint"] != shards.fingerprint:
+        raise BadInput(f"the pictures of {where}; bring the old ones back, or take another run.dir")
+    if then["labels_fingerprint"] not in (None, shards.labels_fingerprint):
+        raise BadInput(f"the labels of {where}; bring the old ones back, or take another run.dir")
 
 
 def check_same_run(config: Config, shards: ShardSet, state: dict[str, Any]) -> None:
@@ -33,11 +59,7 @@ def check_same_run(config: Config, shards: ShardSet, state: dict[str, Any]) -> N
         BadInput: names the keys that differ, or the data.
     """
     check_same_config(config, state["config"])
-    if state["dataset_fingerprint"] != shards.fingerprint:
-        raise BadInput(
-            f"the shards of split {shards.split!r} in data.path {shards.path} changed since the checkpoint at sample "
-            f"{state['samples_seen']}; bring the old ones back, or take another run.dir"
-        )
+    check_same_data(shards, state)
     if state["order_version"] != ORDER_VERSION:
         raise BadInput(
             f"run.dir {config.run.dir} was begun with order version {state['order_version']}, this program has "

@@ -30,7 +30,7 @@ from foreseen.engine.objective import Objective, Progress, all_reduce_sum
 from foreseen.engine.online_probe import OnlineProbe
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.preempt import Preemption
-from foreseen.engine.resume import check_same_run, run_state
+from foreseen.engine.resume import check_same_run, describe_data, run_state
 from foreseen.engine.weight_average import WeightAverage
 from foreseen.errors import BadInput
 
@@ -151,6 +151,7 @@ class _Trainer:
         self.loss_scale = LossScale(accelerator.device) if config.compute.precision == "fp16" else None
         decay = config.optim.ema_decay
         self.average = None if decay is None else WeightAverage(job.objective, decay)
+        self.data = describe_data(job.builder.shards, labels=job.objective.request.labels)
         self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.run.keep_last)
         self.meter = Meter()
         self.skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
@@ -339,7 +340,7 @@ class _Trainer:
         """Publish a checkpoint; rank 0 writes, since no state differs between ranks."""
         if self.accelerator.is_main_process:
             tensors, numbers = self.optimizer.state()
-            state = run_state(self.job.config, self.job.builder.shards.fingerprint, step) | {
+            state = run_state(self.job.config, self.data, step) | {
                 "optimizer": numbers,
                 "skipped_steps": int(self.skipped),
                 "unreadable_samples": self.unreadable,

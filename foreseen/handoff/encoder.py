@@ -200,7 +200,7 @@ def load_encoder(init_from: str | Path) -> EncoderFolder:
             num_classes=described["num_classes"],
             state=load_file(folder / "model.safetensors"),
             preprocessing=_preprocessing(described["pretrained_cfg"]),
-            licence=described["pretrained_cfg"].get("license"),
+            licence=_licence(described["pretrained_cfg"]),
             weights=weights,
             lineage=_read_lineage(folder / "lineage.json"),
         )
@@ -231,10 +231,15 @@ def _load_public(name: str) -> EncoderFolder:
         num_classes=model.num_classes,
         state=model.state_dict(),
         preprocessing=_preprocessing(cfg),
-        licence=cfg.get("license"),
+        licence=_licence(cfg),
         weights=None,
         lineage={},
     )
+
+
+def _licence(cfg: Mapping[str, Any]) -> str | None:
+    terms = cfg.get("license")
+    return ", ".join(map(str, terms)) if isinstance(terms, list) else terms and str(terms)
 
 
 def _preprocessing(cfg: Mapping[str, Any]) -> Preprocessing:

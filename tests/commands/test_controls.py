@@ -1,11 +1,13 @@
 """`finetune --controls`: what is run, what is chosen, and what is said of it."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -135,7 +137,9 @@ def _small(recipe: Recipe, **more: object) -> list[str]:
     )  # fmt: skip
 
 
-def test_controls_run_end_to_end_and_finished_runs_are_not_made_again(recipe: Recipe, tmp_path: Path) -> None:
+def test_controls_run_end_to_end_and_finished_runs_are_not_made_again(
+    recipe: Recipe, small_shards: Path, tmp_path: Path
+) -> None:
     encoder = tmp_path / "pretrain/encoder"
     _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=encoder.parent)[:-1])
     study = tmp_path / "study"
@@ -151,6 +155,14 @@ def test_controls_run_end_to_end_and_finished_runs_are_not_made_again(recipe: Re
     assert [run.stat().st_mtime_ns for run in runs] == before
     assert again.strip().splitlines()[-1] == report.strip().splitlines()[-1]
     assert "Did pretraining help?" in (encoder / "README.md").read_text(encoding="utf-8")
+    other = tmp_path / "other"
+    shutil.copytree(small_shards, other)
+    labels = np.load(other / "train.labels.npy")
+    np.save(other / "train.labels.npy", labels[::-1].copy())
+    with pytest.raises(BadInput, match=r"the labels of split 'train' .* changed"):
+        CliRunner().invoke(
+            cli.app, [*command, f"data.path={other}", "--controls", "--seeds", "3"], catch_exceptions=False
+        )
     with pytest.raises(BadInput, match=r"holds a checkpoint of another job \(optim.base_lr was"):
         CliRunner().invoke(
             cli.app, [*command, "optim.base_lr=3e-4", "--controls", "--seeds", "2"], catch_exceptions=False

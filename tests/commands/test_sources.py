@@ -98,9 +98,7 @@ def test_a_changed_folder_is_packed_anew_and_keeps_its_test_pictures(
     (second,) = set(cache.glob("packed-*")) - {first}
     old, new = ({*_names(folder, "test")} for folder in (first, second))
     assert len(old - new) <= 1
-    assert "changed since the checkpoint" in refused(
-        "pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures)
-    )
+    assert "changed since the run" in refused("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures))
     os.utime(pictures / "a" / "picture 0.jpg", (1, 1))
     said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures, run__dir=tmp_path / "most"))
     assert "packing 38 pictures" in said
