@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from foreseen.commands.jobs import Jobs, is_main_rank, say
+from foreseen.errors import BadInput
 
 if TYPE_CHECKING:
     from foreseen.config import Config
@@ -119,6 +120,8 @@ def make_plan(
     scratch_model = {"init_from": None}
     candidates = [arm("scratch-same", "scratch, same recipe", config, model=scratch_model)]
     for factor in LR_FACTORS:
+        if factor == 1.0 and config.optim.layer_decay is None:
+            continue  # the same recipe
         lr = config.optim.base_lr * factor
         own = {"base_lr": lr, "layer_decay": None}
         title = f"scratch, own recipe, lr {lr:.3g}"
@@ -168,7 +171,8 @@ def run_controls(config: "Config", jobs: Jobs, *, seeds: int) -> str:
     _check(config, seeds)
     assert config.model.init_from is not None
     encoder = load_encoder(config.model.init_from)
-    plan = make_plan(as_the_encoder(config, encoder), seeds=seeds, start_from=_start_of(encoder))
+    start = _start_of(encoder)
+    plan = make_plan(as_the_encoder(config, encoder), seeds=seeds, start_from=start)
     claim_folder(config)
     make_runs(jobs, plan.tuning())
     chosen = plan.chosen()
@@ -177,12 +181,17 @@ def run_controls(config: "Config", jobs: Jobs, *, seeds: int) -> str:
 
 
 def _check(config: "Config", seeds: int) -> None:
-    from foreseen.errors import BadInput
+    """Refuse what could not be concluded, before the first run."""
+    from foreseen.commands.session import open_shards
+    from foreseen.engine.launch import start
 
     if config.model.init_from is None:
         raise BadInput("--controls compares an encoder with scratch, and model.init_from is null; give an encoder")
     if seeds < 1:
         raise BadInput(f"--seeds must be 1 or more, got {seeds}")
+    test = open_shards(config, config.data.test_split, start(config.compute))
+    if test.labels is None or not (test.labels >= 0).any():
+        raise BadInput(f"split {test.split!r} of data.path {config.data.path} has no labels to compare by")
 
 
 def as_the_encoder(config: "Config", encoder: "EncoderFolder") -> "Config":
@@ -199,8 +208,22 @@ def as_the_encoder(config: "Config", encoder: "EncoderFolder") -> "Config":
 
 
 def _start_of(encoder: "EncoderFolder") -> str | None:
+    """What the encoder's pretraining began from, if it is still there and the same."""
+    from foreseen.handoff.encoder import PUBLIC, load_encoder
+
     parents = encoder.lineage.get("parents")
-    return str(parents[0]["source"]) if parents and not encoder.source.startswith("timm:") else None
+    if not parents:
+        return None
+    source, weights = str(parents[0]["source"]), parents[0]["weights_sha256"]
+    if source.startswith(PUBLIC):
+        return source
+    try:
+        same = load_encoder(source).weights == weights
+    except BadInput:
+        same = False
+    if not same:
+        say(f"{encoder.source} began from {source}, which is not there or changed since: it is not compared with that")
+    return source if same else None
 
 
 def claim_folder(config: "Config") -> None:
@@ -210,9 +233,10 @@ def claim_folder(config: "Config") -> None:
     """
     import hashlib
 
-    from foreseen.errors import BadInput
     from foreseen.files import write_atomically
 
+    if not is_main_rank():
+        return
     weights = Path(config.model.init_from or "") / "model.safetensors"
     digest = config.model.init_from or ""
     if weights.is_file():
@@ -228,13 +252,19 @@ def claim_folder(config: "Config") -> None:
     write_atomically(note, digest + "\n")
 
 
-def make_runs(jobs: Jobs, configs: "Sequence[Config]", *, look: Callable[[], None] = lambda: None) -> None:
-    """Make the runs that are not finished yet, and say how each came out.
+def make_runs(
+    jobs: Jobs,
+    configs: "Sequence[Config]",
+    *,
+    beside: Sequence[Future[None]] = (),
+    look: Callable[[], None] = lambda: None,
+) -> None:
+    """Make the runs that are not finished yet, and say how each came out; see `Jobs.wait` for the rest.
 
     Raises:
         BadInput: a run folder holds another job.
     """
-    finish(jobs, submit(jobs, configs), look=look)
+    finish(jobs, submit(jobs, configs), beside=beside, look=look)
 
 
 def submit(jobs: Jobs, configs: "Sequence[Config]") -> "dict[Future[None], Config]":
@@ -243,10 +273,14 @@ def submit(jobs: Jobs, configs: "Sequence[Config]") -> "dict[Future[None], Confi
 
 
 def finish(
-    jobs: Jobs, submitted: "Mapping[Future[None], Config]", *, look: Callable[[], None] = lambda: None
-) -> None:  # fmt: skip
+    jobs: Jobs,
+    submitted: "Mapping[Future[None], Config]",
+    *,
+    beside: Sequence[Future[None]] = (),
+    look: Callable[[], None] = lambda: None,
+) -> None:
     """Wait for submitted runs, and say how each came out."""
-    for future in jobs.wait(list(submitted), look=look):
+    for future in jobs.wait(list(submitted), beside=beside, look=look):
         say(describe_run(submitted[future]))
 
 
@@ -254,7 +288,7 @@ def describe_run(config: "Config") -> str:
     """A line on a finished run."""
     result = _result(config)
     name = f"{config.run.dir.parent.name}/{config.run.dir.name}"
-    return f"  {name:34} validation {result['validation']['top1']:6.1%}   test {_test(result, config):6.1%}"
+    return f"  {name:34} validation {result['validation']['top1']:6.1%}   test {result['test']['top1']:6.1%}"
 
 
 def is_finished(config: "Config") -> bool:
@@ -269,41 +303,42 @@ def is_finished(config: "Config") -> bool:
     from foreseen.engine.launch import start
     from foreseen.engine.resume import check_same_config, check_same_data
 
-    folder = config.run.dir
-    if not (folder / "result.json").is_file() or not (folder / "config.yaml").is_file():
+    result = _read(config, "result.json", json.loads)
+    resolved = _read(config, "config.yaml", yaml.safe_load)
+    if result is None or resolved is None or "test" not in result:
         return False
-    result = _result(config)
-    resolved = config.with_length(result["training_samples"])
-    check_same_config(resolved, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    check_same_config(config.with_length(result["training_samples"]), resolved)
     check_same_data(open_shards(config, config.data.split, start(config.compute)), result["training_data"])
     return True
 
 
+def _read(config: "Config", name: str, parse: Callable[[str], Any]) -> Any:
+    """What rank 0 finds in a file of a run folder, on every rank: other machines may see it later. None if missing."""
+    import torch.distributed as dist
+
+    file = config.run.dir / name
+    found = [parse(file.read_text(encoding="utf-8")) if is_main_rank() and file.is_file() else None]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
 def _result(config: "Config") -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((config.run.dir / "result.json").read_text(encoding="utf-8"))
-    return result
+    result = _read(config, "result.json", json.loads)
+    if result is None or "test" not in result:
+        raise BadInput(f"{config.run.dir} has no test score, so nothing can be compared; see what was said of it above")
+    found: dict[str, Any] = result
+    return found
 
 
 def _validation(config: "Config") -> float:
     return float(_result(config)["validation"]["top1"])
 
 
-def _test(result: dict[str, Any], config: "Config") -> float:
-    from foreseen.errors import BadInput
-
-    if "test" not in result:
-        raise BadInput(
-            f"{config.run.dir} has no test score, so nothing can be compared; give a set with data.test_split "
-            f"{config.data.test_split!r}"
-        )
-    return float(result["test"]["top1"])
-
-
 def scores(arm: Arm, seeds: Sequence[int]) -> dict[str, Any]:
     """What the runs of an arm came out at; accuracies in percent."""
-    configs = [arm.seeded(seed) for seed in seeds]
-    results = [_result(config) for config in configs]
-    test = [100 * _test(result, config) for result, config in zip(results, configs, strict=True)]
+    results = [_result(arm.seeded(seed)) for seed in seeds]
+    test = [100 * result["test"]["top1"] for result in results]
     optim = arm.config.optim
     return {
         "title": arm.title,
@@ -329,8 +364,10 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     Returns:
         The report: a Markdown table and a verdict.
     """
+    from foreseen.data.shards import ShardSet
     from foreseen.engine.run_folder import describe_start
     from foreseen.files import write_atomically
+    from foreseen.handoff.seen import count_seen, describe_seen
     from foreseen.paired import paired_difference
 
     pretrained = scores(plan.pretrained, plan.seeds)
@@ -346,13 +383,22 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     }
     tried = plan.seeds[: plan.tuning_seeds]
     config = plan.pretrained.config
-    verdict = " ".join(_sentence(sides[name][1], difference) for name, difference in differences.items())
-    if _result(plan.pretrained.seeded(plan.seeds[0])).get("test_data") in _splits_seen(lineage):
-        verdict += " TRANSDUCTIVE: pretraining saw the test pictures, so this is no headline."
+    first = _result(plan.pretrained.seeded(plan.seeds[0]))
+    test = ShardSet.open(Path(first["test_data"]["path"]), first["test_data"]["split"])
+    seen = count_seen(lineage, test)
+    sentences = [_sentence(sides[name][1], difference) for name, difference in differences.items()]
+    notes = (_edge_of_grid(plan, chosen), describe_seen(seen, test))
+    verdict = " ".join([*sentences, *(note for note in notes if note)])
     record = {
         "encoder": config.model.init_from,
         "method": lineage.get("method"),
-        "labels": {"data": str(config.data.path), "shots": config.data.shots, "seeds": list(plan.seeds)},
+        "labels": {
+            "data": str(config.data.path),
+            "training": first["training_samples"],
+            "validation": first["validation"]["count"],
+            "seeds": list(plan.seeds),
+        },
+        "test_pictures_seen": seen,
         "arms": {"pretrained": pretrained} | {name: side for name, (side, _) in sides.items()},
         "scratch_candidates": {arm.name: scores(arm, tried) for arm in plan.scratch},
         "chosen_scratch": chosen.name,
@@ -363,16 +409,17 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     report = f"{report_table(record)}\n\n{verdict}"
     if is_main_rank():
         write_atomically(config.run.dir.parent / FILE_NAME, json.dumps(record, indent=2) + "\n")
-        _add_to_card(config, report)
+        _add_to_card(config, record, report)
     return report
 
 
-def _splits_seen(lineage: dict[str, Any]) -> set[str]:
-    """Fingerprints of the splits that an encoder, and whatever it began from, was trained on."""
-    seen = {fingerprint} if (fingerprint := lineage.get("data", {}).get("fingerprint")) else set()
-    for parent in lineage.get("parents") or []:
-        seen |= _splits_seen(parent.get("lineage") or {})
-    return seen
+def _edge_of_grid(plan: Plan, chosen: Arm) -> str | None:
+    rates = sorted(arm.config.optim.base_lr for arm in plan.scratch if arm.config.optim.layer_decay is None)
+    rate = chosen.config.optim.base_lr
+    if chosen.config.optim.layer_decay is not None or rate not in (rates[0], rates[-1]):
+        return None
+    grid = ", ".join(f"{rate:.3g}" for rate in rates)
+    return f"Scratch's lr lies at the end of its grid ({grid}): it may do better beyond."
 
 
 def _sentence(against: str, difference: Any) -> str:
@@ -381,7 +428,8 @@ def _sentence(against: str, difference: Any) -> str:
     if difference.low is None:
         gain = f"{difference.mean:+.1f} points against {against}"
         return f"One seed allows no verdict: {gain}."
-    interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f}, {len(difference.each)} seeds"
+    count = f"{len(difference.each)} seeds of labels and fine-tuning, one pretraining run"
+    interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f} over {count}"
     if difference.low > 0:
         return f"Pretraining helped by {points:.1f} points against {against} ({interval})."
     if difference.high < 0:
@@ -418,15 +466,19 @@ def _row(arm: dict[str, Any], title: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _add_to_card(config: "Config", report: str) -> None:
+def describe_labels(labels: dict[str, Any]) -> str:
+    """How many labels each run had, from `controls.json`."""
+    return f"{labels['training']} labels to train on and {labels['validation']:.0f} to choose by"
+
+
+def _add_to_card(config: "Config", record: dict[str, Any], report: str) -> None:
     from foreseen.handoff.card import add_section
 
     folder = Path(config.model.init_from or "")
     if not (folder / "README.md").is_file():
         return
-    shots = f"{config.data.shots} labels a class" if config.data.shots else "all labels"
     data = config.data.path or "procedural pets"
     try:
-        add_section(folder, f"Did pretraining help? {data}, {shots}", report)
+        add_section(folder, f"Did pretraining help? {data}, {describe_labels(record['labels'])}", report)
     except OSError as error:
         say(f"the model card of {folder} could not be changed: {error.strerror}")

@@ -19,8 +19,12 @@ def finetune(
     controls: Annotated[
         bool, typer.Option("--controls", help="Compare the encoder with scratch at its best, over seeds.")
     ] = False,
-    seeds: Annotated[int, typer.Option(help="With --controls: pairs of runs, from the recipe's seed on.")] = 5,
-    jobs: Annotated[int, typer.Option(help="With --controls: runs side by side, in a process each.")] = 1,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="With --controls: pairs of runs, from the recipe's seed on. Default: 5.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="With --controls: runs side by side, in a process each. Default: 1.")
+    ] = None,
 ) -> None:
     """Fine-tune on labels; choices are made on a validation split cut from train, test is read once at the end.
 
@@ -28,9 +32,14 @@ def finetune(
     model card of the encoder. Finished runs are not made again.
     """
     from foreseen.commands.verbs import leave, load_recipe
+    from foreseen.errors import BadInput
 
     config = load_recipe("finetune", recipe, overrides or [])
-    leave(_compare(config, seeds, jobs) if controls else run(config).preempted)
+    if controls:
+        return leave(_compare(config, seeds or 5, jobs or 1))
+    if seeds is not None or jobs is not None:
+        raise BadInput("--seeds and --jobs belong to --controls, which is not given; a single run's seed is seed=N")
+    leave(run(config).preempted)
 
 
 def _compare(config: "Config", seeds: int, processes: int) -> bool:
@@ -126,12 +135,15 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
     from foreseen.files import write_atomically
 
     config = job.config
+    assert job.validation is not None
+    assert job.validation.subset is not None
+    validation = len(job.validation.subset)
     best = Checkpoints(config.run.dir / "checkpoints", config.run.keep_last).best
     result: dict[str, Any] = {
         "step": outcome.best_step or outcome.step,
         "training_samples": len(job.subset),
         "training_data": describe_data(job.builder.shards, labels=True),
-        "validation": {"top1": best[1] if best else None},
+        "validation": {"top1": best[1] if best else None, "count": validation},
     }
     try:
         shards = open_shards(config, config.data.test_split, accelerator)
@@ -139,7 +151,7 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
         judge = BatchBuilder(shards, request, config.seed, fast_decode=config.data.fast_decode)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         sweep = SweepDataset(judge, size, rank=rank, ranks=ranks)
-        result["test_data"] = shards.fingerprint
+        result["test_data"] = {"path": str(shards.path.resolve()), "split": shards.split}
         result["test"] = evaluate(job.objective, sweep, accelerator, config.compute, workers=config.data.workers)
     except BadInput as error:
         accelerator.print(f"no test score: {error}")

@@ -7,8 +7,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from foreseen.errors import BadInput
 
 if TYPE_CHECKING:
     from foreseen.commands.verbs import Verb
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 LOG = "log.txt"
 _LOOK_EVERY_S = 2.0
+_STOP = (signal.SIGTERM, signal.SIGUSR1)  # as foreseen.engine.preempt, which is slow to import
 
 
 def is_main_rank() -> bool:
@@ -30,15 +34,17 @@ def say(text: str) -> None:
 
 
 class Preempted(Exception):
-    """A run was told to stop, and saved."""
+    """The command was told to stop; what ran has saved."""
 
 
 class Jobs:
     """Runs jobs in the order of their submission, one after another or `processes` at a time.
 
     With one process a job runs in this very process, when it is waited for, and tells its own progress; under a
-    launcher all ranks do the same. With more, each of them has its share of the cores and writes to `log.txt` in the
-    job's run folder.
+    launcher all ranks do the same. With more, each of them has its share of the cores, one of the GPUs if there are
+    any, and writes to `log.txt` in the job's run folder.
+
+    Told to stop by SIGTERM or SIGUSR1, or when a job fails, the jobs that run save and end, and no other begins.
 
     Args:
         processes: how many jobs at a time.
@@ -48,73 +54,107 @@ class Jobs:
     """
 
     def __init__(self, processes: int = 1) -> None:
-        from foreseen.errors import BadInput
-
         if processes > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise BadInput(f"--jobs {processes} runs several jobs side by side, and this one has several ranks already")
         self._pool: ProcessPoolExecutor | None = None
         self._processes = processes
+        self._waiting: dict[Future[None], tuple[Verb, Config]] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Jobs":
+        self._handlers = {number: signal.signal(number, _stop) for number in _STOP}
         if self._processes > 1:
             from foreseen.data.pack import count_cpus
 
+            context = multiprocessing.get_context("spawn")
+            places = context.SimpleQueue()
+            for place in range(self._processes):
+                places.put(place)
             threads = max(1, count_cpus() // self._processes)
             self._pool = ProcessPoolExecutor(
-                self._processes,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start_process,
-                initargs=(threads,),
+                self._processes, mp_context=context, initializer=_start_process, initargs=(threads, places)
             )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._pool is None:
-            return
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
-        # After a failure the others save where they are, rather than go on for nobody.
-        while kind is not None and (left := multiprocessing.active_children()):
-            for process in left:
-                process.terminate()
-            time.sleep(0.2)
+        if self._pool is not None:
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+            while kind is not None and (left := multiprocessing.active_children()):
+                for process in left:
+                    process.terminate()  # heard by a run that is being made; told again until it has begun or ended
+                time.sleep(0.2)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def submit(self, verb: "Verb", config: "Config") -> "Future[None]":
-        """Put a job in the queue; with one process it has run when this returns."""
+        """Put a job in the queue."""
         if self._pool is not None:
+            (config.run.dir / LOG).unlink(missing_ok=True)
             return self._pool.submit(_run_quietly, verb, config.model_dump(mode="json"), config.run.dir)
         future: Future[None] = Future()
-        _run(verb, config)
-        future.set_result(None)
+        self._waiting[future] = (verb, config)
         return future
 
     def wait(
-        self, futures: "Sequence[Future[Any]]", *, look: Callable[[], None] = lambda: None
-    ) -> "Iterator[Future[Any]]":  # fmt: skip
-        """Hand out the jobs as they end; the first that failed raises its error.
+        self,
+        futures: "Sequence[Future[None]]",
+        *,
+        beside: "Sequence[Future[None]]" = (),
+        look: Callable[[], None] = lambda: None,
+    ) -> "Iterator[Future[None]]":
+        """Hand out jobs as they end.
 
         Args:
             futures: of `submit`.
+            beside: others, not waited for, whose failure ends the wait as well.
             look: called every two seconds while waiting.
+
+        Raises:
+            BadInput: a process was killed.
+            Exception: that of the first job that failed.
         """
-        left = set(futures)
+        for future in futures:
+            if future in self._waiting:
+                _run(*self._waiting.pop(future))
+                future.set_result(None)
+                yield future
+        left = {future for future in futures if self._pool is not None}
         while left:
             done, left = wait(left, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED)
             look()
-            for future in done:
-                future.result()
-                yield future
+            for future in [*done, *(other for other in beside if other.done())]:
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    raise BadInput(
+                        "a process that made a run was killed, as the system does when memory runs out; the same "
+                        "command goes on, with fewer --jobs in less memory"
+                    ) from None
+            yield from done
 
 
-def _start_process(threads: int) -> None:
+def _stop(number: int, _: object) -> None:
+    raise Preempted("told to stop")
+
+
+def _start_process(threads: int, places: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported, for it and for its children
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(_count_gpus())))).split(",")
+    if gpus != [""]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[places.get() % len(gpus)]
     from foreseen.processes import exit_with_the_parent
 
     exit_with_the_parent()
-    # Only a run that is being made heeds it, and saves: a pool that lost an idle process would break.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Only a run that is being made heeds the first two, and saves; of Ctrl-C the parent tells.
+    for ignored in (*_STOP, signal.SIGINT):
+        signal.signal(ignored, signal.SIG_IGN)
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _count_gpus() -> int:
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _run_quietly(verb: "Verb", raw: dict[str, Any], folder: Path) -> None:
@@ -134,5 +174,5 @@ def _run(verb: "Verb", config: "Config") -> None:
     from foreseen.commands import finetune, pretrain
 
     outcome = (pretrain.run if verb == "pretrain" else finetune.run)(config)
-    if outcome.preempted:
+    if outcome.told_to_stop:
         raise Preempted(f"told to stop: {config.run.dir} is saved at step {outcome.step}")

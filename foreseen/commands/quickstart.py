@@ -64,27 +64,28 @@ def configs(out: Path, method: str, seed: int) -> "tuple[Config, Config]":
     known = [name for name in method_options("pretrain") if _RECIPE.format(name) in recipe_names("pretrain")]
     if method not in known:
         raise BadInput(f"--method {method} has no recipe for minutes on a CPU; there are {', '.join(known)}")
-    common = [f"data.path={out / 'shards'}", "data.workers=0", f"seed={seed}"]
-    pretraining = load_recipe(
-        "pretrain",
-        _RECIPE.format(method),
-        # The probe reads labels of pretraining pictures, to show; nothing is chosen by it.
-        [*common, f"run.dir={out / 'pretrain'}", "run.log_every=250", "probe.labels=true", *_PROBE],
-    )
-    finetuning = load_recipe(
-        "finetune",
-        "cpu_minutes",
-        [*common, f"run.dir={out / 'finetune'}", f"model.init_from={out / 'pretrain' / 'encoder'}"],
-    )
-    # Scratch runs before there is an encoder to take these from.
+    common = ["data.workers=0", f"seed={seed}"]
+    # The probe reads labels of pretraining pictures, to show; nothing is chosen by it.
+    probe = ["run.log_every=250", "probe.labels=true", *_PROBE]
+    pretraining = load_recipe("pretrain", _RECIPE.format(method), [*common, *probe])
+    finetuning = load_recipe("finetune", "cpu_minutes", common)
     views, model = pretraining.views, pretraining.model
+    # Scratch runs before there is an encoder to take these from.
     shared = {"mean": views.mean or IMAGENET_MEAN, "std": views.std or IMAGENET_STD}
-    return pretraining, finetuning.model_copy(
+    begin = {"name": model.name, "args": model.args, "init_from": str(out / "pretrain" / "encoder")}
+    return _placed(pretraining, out, "pretrain"), _placed(finetuning, out, "finetune").model_copy(
         update={
             "views": finetuning.views.model_copy(update=shared),
-            "model": finetuning.model.model_copy(update={"name": model.name, "args": model.args}),
+            "model": finetuning.model.model_copy(update=begin),
         }
     )
+
+
+def _placed(config: "Config", out: Path, name: str) -> "Config":
+    """The config with its folders, which may have any name that YAML would take for something else."""
+    run = config.run.model_copy(update={"dir": out / name})
+    data = config.data.model_copy(update={"path": str(out / "shards")})
+    return config.model_copy(update={"run": run, "data": data})
 
 
 def _draw(shards: Path) -> None:
@@ -105,7 +106,7 @@ def _live(jobs: "Jobs", pretraining: "Config", plan: "Plan") -> str:
     print(f"   on {shots} labels a breed, by four recipes, of which validation chooses one.", flush=True)
     pretrained = jobs.submit("pretrain", pretraining)
     tell = _teller(pretraining)
-    controls.make_runs(jobs, plan.tuning(), look=tell)
+    controls.make_runs(jobs, plan.tuning(), beside=[pretrained], look=tell)
     chosen = plan.chosen()
     print(f"   Chosen: {chosen.title}. Now the other seeds of it, and one with three times the passes.")
     left = controls.submit(jobs, plan.remaining_scratch(chosen))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 
 from foreseen.commands.progress import progress
@@ -17,6 +18,7 @@ from foreseen.data.open_source import SourceOptions, is_packed
 from foreseen.data.shards import ShardSet
 from foreseen.data.table import Columns
 from foreseen.engine.launch import describe_devices, start
+from foreseen.engine.resume import check_same_config
 from foreseen.engine.run_folder import RunLock, describe_start, record_start
 from foreseen.errors import BadInput
 from foreseen.files import write_atomically
@@ -46,9 +48,16 @@ def session(config: Config) -> Iterator[tuple[Accelerator, Say]]:
 
 
 def record_config(config: Config, accelerator: Accelerator) -> None:
-    """Write the resolved config into the run folder."""
+    """Write the resolved config into the run folder.
+
+    Raises:
+        BadInput: the folder has checkpoints of another config, which then keeps its place.
+    """
+    file = config.run.dir / "config.yaml"
+    if file.is_file() and any((config.run.dir / "checkpoints").glob("step-*")):
+        check_same_config(config, yaml.safe_load(file.read_text(encoding="utf-8")))
     if accelerator.is_main_process:
-        write_atomically(config.run.dir / "config.yaml", config.to_yaml())
+        write_atomically(file, config.to_yaml())
 
 
 def open_shards(config: Config, split: str, accelerator: Accelerator) -> ShardSet:

@@ -50,10 +50,10 @@ def write_page(folder: Path, pretraining: "Config", plan: "Plan") -> Path:
     finetuning = plan.pretrained.config
     record = json.loads((finetuning.run.dir.parent / controls.FILE_NAME).read_text(encoding="utf-8"))
     method = pretraining.method.name
-    labels = f"{finetuning.data.shots} labels a breed"
+    labels = controls.describe_labels(record["labels"])
     parts = [
         f"<h1>Did {html.escape(method)} pretraining help?</h1>",
-        f"<p>A tiny ViT on procedural pets, {labels}; every number by <code>foreseen quickstart</code>.</p>",
+        f"<p>A tiny ViT on procedural pets: {labels}. Every number is by <code>foreseen quickstart</code>.</p>",
         f"<p class=verdict>{html.escape(record['verdict'])}</p>",
         _table(record),
         _figure(_scores(record), "Top-1 on the test pictures; a dot is a seed, with labels of its own.", "plot"),

@@ -40,6 +40,8 @@ class Preemption:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._group is not None and self._group is not dist.group.WORLD:
+            dist.destroy_process_group(self._group)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

@@ -60,11 +60,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ended."""
+    """Where a run ended.
+
+    Attributes:
+        step: updates made.
+        preempted: it was told to stop, and is not at its end.
+        best_step: by validation, if there is any.
+        told_to_stop: so it was, perhaps at its very end.
+    """
 
     step: int
     preempted: bool
     best_step: int | None = None
+    told_to_stop: bool = False
 
 
 def train(job: Job, accelerator: Accelerator) -> Outcome:
@@ -115,7 +123,7 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
     if trainer.average is not None and step == trainer.total_steps:
         trainer.average.hand_over()
     best = trainer.checkpoints.best
-    return Outcome(step, stopped and step < trainer.total_steps, best[0] if best else None)
+    return Outcome(step, stopped and step < trainer.total_steps, best[0] if best else None, stopped)
 
 
 def _every(interval: int, step: int) -> bool:

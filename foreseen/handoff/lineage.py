@@ -34,6 +34,7 @@ def describe_lineage(config: Config, shards: ShardSet, step: int, model: nn.Modu
         "licences": _licences(manifest.licence, parents),
         "parents": parents,
         "data": {
+            "path": str(shards.path.resolve()),
             "split": shards.split,
             "samples": len(shards),
             "fingerprint": shards.fingerprint,

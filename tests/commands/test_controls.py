@@ -1,7 +1,11 @@
 """`finetune --controls`: what is run, what is chosen, and what is said of it."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +20,7 @@ from foreseen.commands import controls
 from foreseen.commands.jobs import Jobs
 from foreseen.commands.verbs import load_recipe
 from foreseen.config import Config
+from foreseen.data.shards import ShardSet
 from foreseen.errors import BadInput
 
 Recipe = Callable[..., list[str]]
@@ -28,7 +33,10 @@ def _config(*overrides: str) -> Config:
 def _write(config: Config, *, validation: float, test: float) -> None:
     """A finished run's result, as `controls` reads it."""
     config.run.dir.mkdir(parents=True, exist_ok=True)
-    result = {"step": 5, "training_samples": 120, "validation": {"top1": validation}, "test": {"top1": test}}
+    result = {
+        "step": 5, "training_samples": 120, "validation": {"top1": validation, "count": 60}, "test": {"top1": test},
+        "test_data": {"path": config.data.path, "split": "test"},
+    }  # fmt: skip
     (config.run.dir / "result.json").write_text(json.dumps(result), encoding="utf-8")
     resolved = config.with_length(120).to_yaml()
     (config.run.dir / "config.yaml").write_text(resolved, encoding="utf-8")
@@ -65,51 +73,74 @@ def test_validation_chooses_scratch_and_test_does_not(tmp_path: Path) -> None:
     assert [config.run.steps for config in remaining] == [steps] + 3 * [3 * steps]
 
 
-def _study(tmp_path: Path, *, pretrained: list[float], scratch: list[float], lineage: dict[str, Any]) -> str:
+def _study(
+    tmp_path: Path,
+    shards: Path,
+    *,
+    pretrained: list[float],
+    scratch: list[float],
+    lineage: dict[str, Any] | None = None,
+) -> str:
     """The report of a study whose runs came out at these test scores; scratch is worse on all other recipes."""
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder/README.md").write_text("# a card\n", encoding="utf-8")
-    config = _config(f"run.dir={tmp_path / 'study'}", f"model.init_from={tmp_path / 'encoder'}")
+    config = _config(f"run.dir={tmp_path / 'study'}", f"model.init_from={tmp_path / 'encoder'}", f"data.path={shards}")
     plan = controls.make_plan(config, seeds=len(pretrained), triple_seeds=1)
     for seed, (above, below) in enumerate(zip(pretrained, scratch, strict=True)):
         _write(plan.pretrained.seeded(seed), validation=above, test=above)
         for arm in plan.scratch:
             _write(arm.seeded(seed), validation=below if arm is plan.scratch[0] else 0.0, test=below)
     _write(controls.tripled(plan.scratch[0]).seeded(0), validation=0.3, test=0.3)
-    return controls.conclude(plan, plan.chosen(), lineage)
+    return controls.conclude(plan, plan.chosen(), lineage or {})
 
 
-def test_a_clear_gain_is_told_with_its_interval_and_goes_into_the_model_card(tmp_path: Path) -> None:
-    report = _study(tmp_path, pretrained=[0.50, 0.52, 0.54], scratch=[0.40, 0.43, 0.43], lineage={})
+def test_a_clear_gain_is_told_with_its_interval_and_goes_into_the_model_card(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    report = _study(tmp_path, small_shards, pretrained=[0.50, 0.52, 0.54], scratch=[0.40, 0.43, 0.43])
     # Differences 10, 9, 11: mean 10, sd 1, t(0.975, 2) / sqrt(3) = 2.484.
     assert "Pretraining helped by 10.0 points against scratch, same recipe" in report
-    assert "95 % interval +7.5 to +12.5, 3 seeds" in report
+    assert "95 % interval +7.5 to +12.5 over 3 seeds of labels and fine-tuning, one pretraining run" in report
     assert "3× the passes" in report
     assert "One seed allows no verdict" in report
     card = (tmp_path / "encoder/README.md").read_text(encoding="utf-8")
     assert card.startswith("# a card")
-    assert "Did pretraining help?" in card
+    assert "120 labels to train on and 60 to choose by" in card
+    assert "Whether pretraining saw the test pictures could not be checked" in card
     assert "helped by 10.0 points" in card
     record = json.loads((tmp_path / "study/controls.json").read_text(encoding="utf-8"))
     assert record["differences"]["scratch"]["each"] == pytest.approx([10, 9, 11])
 
 
-def test_no_gain_and_a_loss_are_told_as_such(tmp_path: Path) -> None:
+def test_no_gain_and_a_loss_are_told_as_such(small_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     (tmp_path / "loss").mkdir()
-    none = _study(tmp_path / "none", pretrained=[0.50, 0.42, 0.46], scratch=[0.40, 0.50, 0.47], lineage={})
+    none = _study(tmp_path / "none", small_shards, pretrained=[0.50, 0.42, 0.46], scratch=[0.40, 0.50, 0.47])
     assert "did not help measurably" in none
-    loss = _study(tmp_path / "loss", pretrained=[0.30, 0.33, 0.34], scratch=[0.40, 0.43, 0.43], lineage={})
+    loss = _study(tmp_path / "loss", small_shards, pretrained=[0.30, 0.33, 0.34], scratch=[0.40, 0.43, 0.43])
     assert "did not help: it lost" in loss
 
 
-def test_an_encoder_that_saw_the_test_pictures_is_labelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = controls._result
-    monkeypatch.setattr(controls, "_result", lambda config: found(config) | {"test_data": "abc"})
-    parent = {"source": "timm:x", "lineage": {"data": {"fingerprint": "abc"}}}
-    lineage = {"data": {"fingerprint": "other"}, "parents": [parent]}
-    report = _study(tmp_path, pretrained=[0.50, 0.52], scratch=[0.40, 0.43], lineage=lineage)
-    assert "TRANSDUCTIVE" in report
+def test_an_encoder_that_saw_the_test_pictures_is_labelled(small_shards: Path, tmp_path: Path) -> None:
+    # The two splits of the fixture hold the same pictures, under other names and fingerprints.
+    fingerprint = ShardSet.open(small_shards, "train").fingerprint
+    assert fingerprint != ShardSet.open(small_shards, "test").fingerprint
+    data = {"path": str(small_shards), "split": "train", "fingerprint": fingerprint}
+    child = {"data": data | {"path": str(small_shards)}, "parents": [{"source": "x", "lineage": {"data": data}}]}
+    report = _study(tmp_path, small_shards, pretrained=[0.50, 0.52], scratch=[0.40, 0.43], lineage=child)
+    assert "TRANSDUCTIVE: pretraining saw 37 of the 37 test pictures" in report
+    record = json.loads((tmp_path / "study/controls.json").read_text(encoding="utf-8"))
+    assert record["test_pictures_seen"] == 37
+
+
+def test_a_rate_at_the_end_of_the_grid_is_told(small_shards: Path, tmp_path: Path) -> None:
+    plan = controls.make_plan(_config(f"run.dir={tmp_path}", f"data.path={small_shards}"), seeds=1)
+    assert [controls._edge_of_grid(plan, arm) is None for arm in plan.scratch] == [True, False, True, False]
+
+
+def test_without_layer_decay_the_same_recipe_is_not_run_twice() -> None:
+    plan = controls.make_plan(_config("optim.layer_decay=null", "optim.base_lr=2e-3"), seeds=1)
+    assert [arm.config.optim.base_lr for arm in plan.scratch] == [2e-3, 5e-4, 1e-3]
 
 
 def test_a_second_report_replaces_the_first_in_the_card(tmp_path: Path) -> None:
@@ -223,3 +254,71 @@ def test_when_one_run_fails_the_others_save_and_stop(recipe: Recipe, tmp_path: P
     with pytest.raises(BadInput, match="nowhere"):
         _fail_beside(long, bad)
     assert "told to stop: saved" in (tmp_path / "long/log.txt").read_text(encoding="utf-8")
+
+
+def test_starting_weights_are_compared_only_while_they_are_the_same(recipe: Recipe, tmp_path: Path) -> None:
+    start, encoder = tmp_path / "start/encoder", tmp_path / "pretrain/encoder"
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=start.parent)[:-1])
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=encoder.parent, model__init_from=start))
+    command = ["finetune", "cpu_minutes", *_small(recipe, model__init_from=encoder), "--controls", "--seeds", "1"]
+    with_start = _foreseen(*command, f"run.dir={tmp_path / 'one'}")
+    assert f"against starting weights ({start})" in with_start
+    assert (tmp_path / "one/start/seed-0/result.json").is_file()
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=tmp_path / "other", seed=5)[:-1])
+    shutil.copy(tmp_path / "other/encoder/model.safetensors", start / "model.safetensors")
+    without = _foreseen(*command, f"run.dir={tmp_path / 'two'}")
+    assert "not there or changed since" in without
+    assert not (tmp_path / "two/start").exists()
+
+
+def test_a_set_without_test_labels_is_refused_before_the_first_run(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "encoder").mkdir()
+    small = _small(recipe, model__init_from=tmp_path / "encoder", data__test_split="nowhere")
+    with pytest.raises(BadInput, match="nowhere"):
+        CliRunner().invoke(cli.app, ["finetune", "cpu_minutes", *small, "--controls"], catch_exceptions=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_controls_without_controls_are_refused(recipe: Recipe) -> None:
+    with pytest.raises(BadInput, match="--seeds and --jobs belong to --controls"):
+        CliRunner().invoke(
+            cli.app, ["finetune", "cpu_minutes", *_small(recipe), "--seeds", "2"], catch_exceptions=False
+        )
+
+
+@pytest.mark.slow
+def test_told_to_stop_the_runs_side_by_side_save_and_the_command_exits_with_85(recipe: Recipe, tmp_path: Path) -> None:
+    small = _small(recipe, run__dir=tmp_path / "study", model__init_from=tmp_path / "pretrain/encoder")
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=tmp_path / "pretrain")[:-1])
+    command = [*small, "run.steps=1000000", "--controls", "--seeds", "1", "--jobs", "2"]
+    job = subprocess.Popen([sys.executable, "-m", "foreseen", "finetune", "cpu_minutes", *command])
+    while len(list((tmp_path / "study").glob("*/seed-0/checkpoints/step-*/manifest.json"))) < 2:
+        assert job.poll() is None
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) == 85
+    logs = [log.read_text(encoding="utf-8") for log in (tmp_path / "study").rglob("log.txt")]
+    assert sum("told to stop: saved" in log for log in logs) >= 2
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_same_study_as_one(recipe: Recipe, tmp_path: Path) -> None:
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=tmp_path / "pretrain")[:-1])
+    verdicts = []
+    for ranks in (1, 2):
+        study = tmp_path / f"study{ranks}"
+        small = _small(recipe, run__dir=study, model__init_from=tmp_path / "pretrain/encoder")
+        launcher = [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+        ]
+        command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "foreseen", "finetune", "cpu_minutes"]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *small, "--controls", "--seeds", "1"], env=environment, check=True, timeout=300)
+        verdicts.append(json.loads((study / "controls.json").read_text(encoding="utf-8"))["differences"])
+    assert verdicts[0] == verdicts[1]

@@ -37,18 +37,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_quickstart_ends_in_a_page_with_its_verdict(small: None, tmp_path: Path) -> None:
-    command = ["quickstart", "--out", str(tmp_path / "out")]
+    out = tmp_path / "a: ${b}"  # which YAML would not leave as it is
+    command = ["quickstart", "--out", str(out)]
     result = CliRunner().invoke(cli.app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    record = json.loads((tmp_path / "out/finetune/controls.json").read_text(encoding="utf-8"))
+    record = json.loads((out / "finetune/controls.json").read_text(encoding="utf-8"))
     assert record["verdict"] in result.output
     assert len(record["arms"]["pretrained"]["test"]) == len(record["arms"]["scratch"]["test"]) == 2
-    page = (tmp_path / "out/summary.html").read_text(encoding="utf-8")
+    page = (out / "summary.html").read_text(encoding="utf-8")
     assert "Did mae pretraining help?" in page
     assert page.count("<img") == 4, "scores, breeds, reconstruction, losses"
     assert "<script" not in page
     assert "http" not in page, "the page needs nothing else"
-    card = (tmp_path / "out/pretrain/encoder/README.md").read_text(encoding="utf-8")
+    card = (out / "pretrain/encoder/README.md").read_text(encoding="utf-8")
     assert record["verdict"] in card
 
     again = CliRunner().invoke(cli.app, command, catch_exceptions=False)
