@@ -31,7 +31,7 @@ def pooled_features(model: nn.Module, images: Tensor, features: Features) -> Ten
         images: normalised, [B, C, H, W].
         features: "cls" is the class token, "mean" the mean over patch tokens or over the places of a feature map,
             "both" is one beside the other. Prefix tokens are no patches. All of it after the model's final norm; where
-            a model norms only what it has pooled (`fc_norm`), so is it here.
+            a model norms only what it has pooled (`fc_norm`; ConvNeXt's head), so is it here.
 
     Returns:
         [B, D], or [B, 2 * D] for "both", in float32 at least.
@@ -64,6 +64,8 @@ def _has_class_token(model: nn.Module) -> bool:
 def _mean(model: Any, tokens: Tensor) -> Tensor:
     if tokens.ndim == 4:
         channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        return tokens.mean((1, 2) if channels_last else (2, 3))
+        pooled = tokens.mean((1, 2) if channels_last else (2, 3))
+        norm = getattr(getattr(model, "head", None), "norm", None)  # of feature maps, so it wants one
+        return pooled if norm is None or channels_last else norm(pooled[:, :, None, None]).flatten(1)
     prefix = getattr(model, "num_prefix_tokens", int(_has_class_token(model)))
     return tokens[:, prefix:].mean(1)

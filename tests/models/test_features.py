@@ -51,7 +51,9 @@ def test_the_default_is_what_the_models_own_head_would_see(pool: str, name: str)
 def test_feature_maps_of_either_layout_have_a_mean_and_no_class_token(name: str, args: dict[str, Any]) -> None:
     model = timm.create_model(name, num_classes=0, **args).eval()
     assert default_features(model) == "mean"
-    assert pooled_features(model, IMAGES, "mean").shape == (2, 24)
+    pooled = pooled_features(model, IMAGES, "mean")
+    assert pooled.shape == (2, 24)
+    assert torch.allclose(pooled, model(IMAGES), atol=1e-6), "what the model's own head would see"
     for asked in ("cls", "both"):
         with pytest.raises(BadInput, match="need a class token, and .* has none; set the features to 'mean'"):
             pooled_features(model, IMAGES, asked)  # type: ignore[arg-type]
