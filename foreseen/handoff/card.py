@@ -1,9 +1,13 @@
 """Sections that later commands add to an encoder folder's model card."""
 
+import filecmp
 import hashlib
+import re
 from pathlib import Path
 
 from foreseen.files import write_atomically
+
+_SECTION = re.compile(r"<!-- section (\w+) -->\n.*?<!-- end of \1 -->\n", re.DOTALL)
 
 
 def add_section(folder: Path, heading: str, text: str) -> None:
@@ -25,3 +29,17 @@ def add_section(folder: Path, heading: str, text: str) -> None:
     else:
         content = f"{content.rstrip()}\n\n{section}"
     write_atomically(card, content)
+
+
+def keep_sections(old: Path, new: Path) -> None:
+    """Carry added sections over to a card that is written anew, if the weights are the same.
+
+    Args:
+        old, new: encoder folders.
+    """
+    weights = "model.safetensors"
+    if (old / "README.md").is_file() and filecmp.cmp(old / weights, new / weights, shallow=False):
+        card = (old / "README.md").read_text(encoding="utf-8")
+        found = [match[0] for match in _SECTION.finditer(card)]
+        text = (new / "README.md").read_text(encoding="utf-8")
+        write_atomically(new / "README.md", "\n".join([text.rstrip() + "\n", *found]))

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from foreseen import config
 from foreseen.data.views import IMAGENET_MEAN, IMAGENET_STD, View
 from foreseen.errors import BadInput
+from foreseen.handoff.card import keep_sections
 from foreseen.models.backbone import Pool, architecture_of, create_backbone
 from foreseen.models.initialise import Initialised, initialise
 
@@ -277,6 +278,7 @@ def save_encoder(
         shutil.rmtree(new, ignore_errors=True)
         raise
     if folder.exists():
+        keep_sections(folder, new)
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

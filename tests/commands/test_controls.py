@@ -172,7 +172,7 @@ def test_controls_run_end_to_end_and_finished_runs_are_not_made_again(
     recipe: Recipe, small_shards: Path, tmp_path: Path
 ) -> None:
     encoder = tmp_path / "pretrain/encoder"
-    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=encoder.parent)[:-1])
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=encoder.parent))
     study = tmp_path / "study"
     command = ["finetune", "cpu_minutes", *_small(recipe, run__dir=study, model__init_from=encoder)]
     report = _foreseen(*command, "--controls", "--seeds", "2")
@@ -182,6 +182,8 @@ def test_controls_run_end_to_end_and_finished_runs_are_not_made_again(
     # 2 seeds × (pretrained, 4 of scratch, the chosen one three times as long)
     assert len(runs) == 12
     before = [run.stat().st_mtime_ns for run in runs]
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=encoder.parent))
+    assert "Did pretraining help?" in (encoder / "README.md").read_text(encoding="utf-8"), "the same weights, handed on"
     again = _foreseen(*command, "--controls", "--seeds", "2")
     assert [run.stat().st_mtime_ns for run in runs] == before
     assert again.strip().splitlines()[-1] == report.strip().splitlines()[-1]
@@ -258,7 +260,7 @@ def test_when_one_run_fails_the_others_save_and_stop(recipe: Recipe, tmp_path: P
 
 def test_starting_weights_are_compared_only_while_they_are_the_same(recipe: Recipe, tmp_path: Path) -> None:
     start, encoder = tmp_path / "start/encoder", tmp_path / "pretrain/encoder"
-    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=start.parent)[:-1])
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=start.parent))
     _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=encoder.parent, model__init_from=start))
     command = ["finetune", "cpu_minutes", *_small(recipe, model__init_from=encoder), "--controls", "--seeds", "1"]
     with_start = _foreseen(*command, f"run.dir={tmp_path / 'one'}")
@@ -289,7 +291,7 @@ def test_options_of_controls_without_controls_are_refused(recipe: Recipe) -> Non
 @pytest.mark.slow
 def test_told_to_stop_the_runs_side_by_side_save_and_the_command_exits_with_85(recipe: Recipe, tmp_path: Path) -> None:
     small = _small(recipe, run__dir=tmp_path / "study", model__init_from=tmp_path / "pretrain/encoder")
-    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=tmp_path / "pretrain")[:-1])
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=tmp_path / "pretrain"))
     command = [*small, "run.steps=1000000", "--controls", "--seeds", "1", "--jobs", "2"]
     job = subprocess.Popen([sys.executable, "-m", "foreseen", "finetune", "cpu_minutes", *command])
     while len(list((tmp_path / "study").glob("*/seed-0/checkpoints/step-*/manifest.json"))) < 2:
@@ -303,7 +305,7 @@ def test_told_to_stop_the_runs_side_by_side_save_and_the_command_exits_with_85(r
 
 @pytest.mark.slow
 def test_two_ranks_make_the_same_study_as_one(recipe: Recipe, tmp_path: Path) -> None:
-    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=tmp_path / "pretrain")[:-1])
+    _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=tmp_path / "pretrain"))
     verdicts = []
     for ranks in (1, 2):
         study = tmp_path / f"study{ranks}"
