@@ -220,8 +220,8 @@ class Probe(Section):
     every: int | None = Field(None, ge=1)
     """Steps between two probes, beginning before the first step and ending after the last; null never probes."""
     data: str | None = None
-    """Labelled pictures to judge by, found as `data.path` is; null looks at those of `data.path`, as if they had no
-    labels."""
+    """Labelled pictures to judge by, found as `data.path` is, and read by the same columns and fractions; null looks at
+    those of `data.path`, as if they had no labels."""
     split: str = "train"
     """Of `data`."""
     labels: bool = False

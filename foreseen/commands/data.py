@@ -55,13 +55,15 @@ def pack(
     overwrite: Overwrite = False,
 ) -> None:
     """Pack pictures into the splits of a set. Killed, it goes on when the same command is given again."""
+    import os
+
     from foreseen.commands.progress import progress
     from foreseen.data.manifest import FILE_NAME, Manifest, read_manifest
     from foreseen.data.open_source import SourceOptions, open_source
     from foreseen.data.pack import pack as pack_samples
     from foreseen.data.table import Columns
 
-    is_table = src.startswith("hf:") or Path(src).is_file()
+    is_table = src.startswith("hf:") or os.path.isfile(src)
     columns = Columns(image=image_column, label=label_column, split=split_column)
     options = SourceOptions(labels or ("auto" if is_table else "none"), columns, hf_config)
     source = open_source(src, options)
@@ -70,8 +72,6 @@ def pack(
     for note in found.notes:
         print(note)
     chosen = found.choose(split)
-    if len(chosen) > 1 and not overwrite:  # a killed packing may have finished some of them
-        chosen = {name: samples for name, samples in chosen.items() if name not in joined.splits} or chosen
     for name, samples in chosen.items():
         with progress(f"packing {name}") as report:
             summary = pack_samples(
@@ -88,6 +88,7 @@ def pack(
                 licence=licence or found.licence,
                 strict=strict,
                 overwrite=overwrite,
+                keep=True,
                 progress=report,
             )
         _report(summary)
@@ -128,6 +129,9 @@ def _report(summary: "Summary") -> None:
     """Say in a few lines what was packed."""
     size = f"{summary.bytes / 1e6:,.1f} MB"
     where = f"{summary.path}, split {summary.split}"
+    if summary.was_there:
+        print(f"kept {summary.samples:,} pictures, packed from the same files before (--overwrite packs anew): {where}")
+        return
     print(f"packed {summary.samples:,} pictures ({summary.image}) in {summary.shards:,} shards, {size}: {where}")
     if summary.kept_shards:
         print(f"  {summary.kept_shards:,} shards were there from an earlier, unfinished packing")

@@ -85,6 +85,7 @@ def run(config: "Config") -> "Outcome":
             raise BadInput(
                 f"no class of data.path {shards.path} has two labels, so none can be set aside for validation"
             )
+        _look_at_test(config, accelerator)
         config = config.with_length(len(subsets.train))
         record_config(config, accelerator)
         num_classes = shards.num_classes
@@ -102,6 +103,27 @@ def run(config: "Config") -> "Outcome":
         else:
             _finish(job, outcome, accelerator, size)
     return outcome
+
+
+def _look_at_test(config: "Config", accelerator: "Accelerator") -> None:
+    """Say before training that there will be no test score, where there is no test split.
+
+    Raises:
+        BadInput: there is one, and none of it has a label.
+    """
+    from foreseen.commands.session import open_shards
+    from foreseen.errors import BadInput
+
+    try:
+        test = open_shards(config, config.data.test_split, accelerator)
+    except BadInput as error:
+        accelerator.print(f"there will be no test score: {error}")
+        return
+    if test.labels is None or not (test.labels >= 0).any():
+        raise BadInput(
+            f"split {test.split!r} of {test.path} has no labels to be scored by; name a labelled one in "
+            "data.test_split, or one that is not there, such as none, to train without a score"
+        )
 
 
 def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int) -> None:

@@ -61,14 +61,14 @@ def _online_probe(
     config: "Config", shards: "ShardSet", seen: "Preprocessing", accelerator: "Accelerator"
 ) -> "OnlineProbe | None":
     from foreseen.commands.session import open_data
-    from foreseen.config import Data
     from foreseen.engine.online_probe import OnlineProbe
 
     options = config.probe
     if options.every is None:
         return None
     if options.data is not None:
-        shards = open_data(Data(path=options.data), options.split, accelerator, size=max(config.views.size))
+        named = config.data.model_copy(update={"path": options.data})  # cut as fine-tuning will cut it
+        shards = open_data(named, options.split, accelerator, size=max(config.views.size))
     return OnlineProbe(
         options,
         shards,

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from foreseen.commands.data import Column
+
 if TYPE_CHECKING:
     import numpy as np
     from accelerate import Accelerator
@@ -41,6 +43,10 @@ def probe(
     shots: Annotated[int | None, typer.Option(min=1, help="Labels a class; all if left out.")] = None,
     linear: Annotated[bool, typer.Option(help="Train a linear probe as well.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Which shots, and how the linear probe starts.")] = 0,
+    image_column: Column = None,
+    label_column: Column = None,
+    split_column: Column = None,
+    hf_config: Annotated[str | None, typer.Option(help="Configuration of a Hugging Face set on the hub.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes a rank.")] = 4,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the numbers.")] = None,
 ) -> None:
@@ -49,7 +55,7 @@ def probe(
 
     from foreseen.commands.session import open_data
     from foreseen.commands.verbs import leave
-    from foreseen.config import Compute, Data
+    from foreseen.config import Columns, Compute, Data
     from foreseen.engine.launch import choose_attention, start
     from foreseen.engine.verdict import verdict
     from foreseen.handoff.frozen import frozen_encoder
@@ -60,7 +66,8 @@ def probe(
         frozen = frozen_encoder(encoder)
     choose_attention(frozen.model.to(accelerator.device), accelerator.device)
     pooling = default_features(frozen.model) if features is None else features.value
-    named = Data(path=data)
+    columns = Columns(image=image_column, label=label_column, split=split_column)
+    named = Data(path=data, columns=columns, hf_config=hf_config)
     size = max(frozen.preprocessing.size)
     shards = open_data(named, split, accelerator, size=size)
     exam = _Exam(frozen, pooling, accelerator, shots=shots, linear=linear, seed=seed, workers=workers)

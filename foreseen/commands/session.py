@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from foreseen.commands.progress import progress
 from foreseen.config import Config, Data
-from foreseen.data.cache import Packed, cache_folder, packed
+from foreseen.data.cache import Packed, cache_folder, lock_cache, packed
 from foreseen.data.open_source import SourceOptions, is_packed
 from foreseen.data.shards import ShardSet
 from foreseen.data.table import Columns
@@ -127,8 +127,13 @@ def procedural_pets(size: int, accelerator: Accelerator) -> Path:
     from foreseen.data.procedural import write_procedural_pets
 
     path = cache_folder() / f"procedural-pets-{size}px"
-    if accelerator.is_main_process and not (path / "manifest.json").is_file():
-        accelerator.print(f"data.path is null: drawing {_PROCEDURAL_TRAIN} procedural pets into {path}")
-        write_procedural_pets(path, train=_PROCEDURAL_TRAIN, test=_PROCEDURAL_TEST, size=size, seed=0, workers=None)
+    manifest = path / "manifest.json"
+    if accelerator.is_main_process and not manifest.is_file():
+        with lock_cache(accelerator.print):
+            if not manifest.is_file():  # else another job has drawn them meanwhile
+                accelerator.print(f"data.path is null: drawing {_PROCEDURAL_TRAIN} procedural pets into {path}")
+                write_procedural_pets(
+                    path, train=_PROCEDURAL_TRAIN, test=_PROCEDURAL_TEST, size=size, seed=0, workers=None
+                )
     accelerator.wait_for_everyone()
     return path

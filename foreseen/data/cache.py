@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreseen.data.hugging_face import PREFIX
-from foreseen.data.manifest import FILE_NAME, read_manifest
 from foreseen.data.open_source import SourceOptions, open_source
 from foreseen.data.pack import Progress, pack
 from foreseen.data.source import SourceSample, Splits
@@ -30,8 +29,9 @@ from foreseen.files import write_atomically
 
 VALIDATION_NAMES = ("validation", "val", "valid")
 
-_VERSION = 1  # of what packing a source gives
+_VERSION = 2  # of what packing a source gives
 _NOTES = "notes.json"
+_UNLABELLED = "test_unlabelled"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def packed(
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", source.name).strip("-.") or "source"
     folder = cache_folder() / f"packed-{slug[:64]}-{key}"
     if not folder.is_dir():
-        with _lock(say):
+        with lock_cache(say):
             if not folder.is_dir():  # else another job has packed it meanwhile
                 _pack(src, source.name, source.read(), folder, test_fraction, say, progress)
     found = json.loads((folder / _NOTES).read_text(encoding="utf-8"))
@@ -106,14 +106,14 @@ def _pack(
     say(f"packing {total:,} pictures of {src} into {folder}, once")
     for note in found.notes:
         say(note)
-    there = read_manifest(part).splits if (part / FILE_NAME).exists() else {}
     for split, samples in splits.items():
-        if split in there:
-            continue
         with progress(split) as report:
             summary = pack(
-                samples, part, split, classes=found.classes, source=name, licence=found.licence, progress=report
-            )
+                samples, part, split, classes=found.classes, source=name, licence=found.licence, keep=True,
+                progress=report,
+            )  # fmt: skip
+        if summary.converted:
+            say(f"{summary.converted:,} pictures of {split} are of other formats and were converted to {summary.image}")
         if summary.unreadable:
             first, reason = min(summary.unreadable)
             say(
@@ -129,24 +129,34 @@ def choose_test(
 ) -> tuple[dict[str, Sequence[SourceSample]], str | None, list[str]]:
     """Settle which samples are the test split: the source's own, its validation split, or a share cut from train.
 
+    Where the source has labels, a test or validation split without any is no test split. Such a `test` gets another
+    name, since what asks for "test" wants to judge by it.
+
     Returns:
         The splits, the name of the test split or None, and what was settled, in words.
     """
     splits = dict(found.splits)
+    if found.classes is None:
+        return splits, "test" if "test" in splits else None, []
+    notes = []
     if "test" in splits:
-        return splits, "test", []
-    if (name := next((name for name in VALIDATION_NAMES if name in splits), None)) is not None:
-        return splits, name, [f"{src} has no split test: its {name} is read as the test split, once, at the end"]
+        if _has_labels(splits["test"]):
+            return splits, "test", []
+        splits[_UNLABELLED] = splits.pop("test")
+        notes = [f"the split test of {src} has no labels to judge by, and is called {_UNLABELLED}"]
+    if name := next((name for name in VALIDATION_NAMES if name in splits and _has_labels(splits[name])), None):
+        notes += [f"{src} has no split test: its {name} is read as the test split, once, at the end"]
+        return splits, name, notes
     origin = "train" if "train" in splits else next(iter(splits))
     samples = splits[origin]
     labels = np.array([-1 if sample.label is None else sample.label for sample in samples])
-    if found.classes is None or not fraction or (labels < 0).all():
-        return splits, None, []
-    train, test = cut_test(labels, [sample.name for sample in samples], fraction)
+    if not fraction or (labels < 0).all():
+        return splits, None, notes
+    train, test = cut_test(labels, [os.path.normpath(sample.name) for sample in samples], fraction)
     if not len(test):
-        return splits, None, [f"no class of {src} has two pictures, so no test split is cut from it"]
+        return splits, None, [*notes, f"no class of {src} has two pictures, so no test split is cut from it"]
     splits |= {origin: _Part(samples, train), "test": _Part(samples, test)}
-    notes = [
+    notes += [
         f"{src} has no test split: {fraction:g} of each class, {len(test):,} pictures, are set aside as one and never "
         "trained on (data.test_fraction)"
     ]
@@ -154,6 +164,10 @@ def choose_test(
         such = f"such as {found.classes[single[0]]!r}"
         notes.append(f"{len(single):,} classes of {src} have a single picture, {such}: it stays in {origin}")
     return splits, "test", notes
+
+
+def _has_labels(samples: Sequence[SourceSample]) -> bool:
+    return any(sample.label is not None for sample in samples)
 
 
 class _Part(Sequence[SourceSample]):
@@ -176,8 +190,12 @@ class _Part(Sequence[SourceSample]):
 
 
 @contextmanager
-def _lock(say: Callable[[str], None]) -> Iterator[None]:
-    """One packing into the cache at a time, over all processes that share it."""
+def lock_cache(say: Callable[[str], None]) -> Iterator[None]:
+    """One process at a time puts things into the cache, of all that share it; another one waits, and says so.
+
+    Raises:
+        BadInput: the cache cannot be written.
+    """
     cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -193,7 +211,7 @@ def _lock(say: Callable[[str], None]) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
                 raise
-            say(f"another process is packing into {cache}: waiting for it")
+            say(f"another process is writing into {cache}: waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

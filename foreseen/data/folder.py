@@ -1,9 +1,10 @@
 """A folder of pictures as a source: its class folders are labels, its folders `train`, `val` and `test` splits."""
 
 import os
+import stat
 from pathlib import Path
 
-from foreseen.data.source import FolderListing, Splits, digest_files, is_picture, walk
+from foreseen.data.source import FolderListing, Splits, digest_files, entries, is_picture, walk
 from foreseen.errors import BadInput
 
 SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
@@ -51,11 +52,15 @@ class FolderSource:
 
     def _split_folders(self) -> list[str]:
         """Names of the folders that are splits, `train` first; none where the folders are classes or nothing at all."""
-        if not self.root.is_dir():
+        if not os.path.isdir(self.root):
             return []
-        entries = [entry for entry in os.scandir(self.root) if not entry.name.startswith(".")]
-        splits = sorted(entry.name for entry in entries if entry.is_dir() and entry.name in SPLIT_FOLDERS)
-        others = [entry.name for entry in entries if entry.name not in SPLIT_FOLDERS and _holds_pictures(entry)]
+        folders = {name: stat.S_ISDIR(found.st_mode) for name, found in entries(self.root)}
+        splits = sorted(name for name, is_folder in folders.items() if is_folder and name in SPLIT_FOLDERS)
+        others = [
+            name
+            for name, is_folder in folders.items()
+            if name not in SPLIT_FOLDERS and _holds_pictures(self.root / name, is_folder)
+        ]
         if not splits or (others and len(splits) == 1):  # vehicles have a class `train`
             return []
         if others:
@@ -66,7 +71,5 @@ class FolderSource:
         return sorted(splits, key=lambda split: (split != "train", split))
 
 
-def _holds_pictures(entry: "os.DirEntry[str]") -> bool:
-    if entry.is_dir():
-        return any(is_picture(file.name) for file in walk(Path(entry.path)))
-    return is_picture(entry.name)
+def _holds_pictures(place: Path, is_folder: bool) -> bool:
+    return any(is_picture(file.name) for file in walk(place)) if is_folder else is_picture(place.name)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from foreseen.errors import BadInput
 
-_WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")  # spreadsheets write 3 as 3.0 where a cell of the column is empty
+_WHOLE = re.compile(r"[+-]?\d{1,1000}(\.0*)?")  # spreadsheets write 3 as 3.0 where a cell of the column is empty
 
 
 def number_labels(
@@ -33,8 +33,9 @@ def number_labels(
         raise BadInput(f"{where} holds no label: fill it in, or name another column")
     are_numbers = [_WHOLE.fullmatch(text) is not None for text in written]
     if all(are_numbers):
-        texts = ["" if not text or int(float(text)) == -1 else str(int(float(text))) for text in texts]
-        names = [str(number) for number in sorted({int(text) for text in texts if text})]
+        whole = [int(text.partition(".")[0]) if text else -1 for text in texts]
+        texts = ["" if number == -1 else str(number) for number in whole]
+        names = [str(number) for number in sorted({*whole} - {-1})]
     elif any(are_numbers):
         number, name = written[are_numbers.index(True)], written[are_numbers.index(False)]
         raise BadInput(

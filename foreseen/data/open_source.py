@@ -1,5 +1,6 @@
 """Which kind of source a path is."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def open_source(src: str, options: SourceOptions) -> Source:
     if src.startswith(PREFIX):
         return HuggingFaceSource(src.removeprefix(PREFIX), options.columns, options.hf_config, options.labels)
     path = Path(src).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() not in TABLE_SUFFIXES:
             kinds = f"a folder of pictures, a {' or '.join(sorted(TABLE_SUFFIXES))} file, or hf:NAME"
             raise BadInput(f"{path} is a file of no kind that is read: give {kinds}")
@@ -49,4 +50,4 @@ def open_source(src: str, options: SourceOptions) -> Source:
 def is_packed(src: str) -> bool:
     """Whether a path is a packed set, or one that is being packed, and not a source of pictures."""
     path = Path(src).expanduser()
-    return path.is_dir() and ((path / FILE_NAME).exists() or any(path.glob(f"{WORK_PREFIX}*")))
+    return os.path.isdir(path) and (os.path.exists(path / FILE_NAME) or any(path.glob(f"{WORK_PREFIX}*")))

@@ -13,14 +13,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 
 import numpy as np
 
+from foreseen.data.manifest import Split
 from foreseen.data.publish import Plan, begin, is_finished, lock_folder, publish, read_manifest_or_none_yet
-from foreseen.data.source import SourceSample
+from foreseen.data.source import IMAGE_SUFFIXES, Missing, SourceSample
 from foreseen.data.write_shard import ShardJob, ShardResult, write_shard
 from foreseen.errors import BadInput
 from foreseen.files import write_atomically
@@ -43,6 +44,7 @@ class Summary:
         unreadable: name and reason of each picture left out; also in OUT/SPLIT.unreadable.txt.
         converted, shrunk: pictures encoded anew because of their format, and because of their size.
         kept_shards: shards that an earlier, killed packing had finished.
+        was_there: the split had been packed before, and nothing was done.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Summary:
     converted: int
     shrunk: int
     kept_shards: int
+    was_there: bool = False
 
 
 def pack(
@@ -72,6 +75,7 @@ def pack(
     licence: str | None = None,
     strict: bool = False,
     overwrite: bool = False,
+    keep: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Pack samples into one split of the set in a folder, which is made if need be.
@@ -94,6 +98,7 @@ def pack(
         source, licence: kept in the manifest.
         strict: refuse the whole split if any picture is unreadable, instead of leaving those out.
         overwrite: replace the split if it exists.
+        keep: leave the split alone if it exists and was packed from the same listing in the same way.
         progress: called now and then with the samples done and the samples in all.
 
     Raises:
@@ -109,7 +114,7 @@ def pack(
         split=split,
         samples=len(samples),
         listing=_digest_listing(samples, classes),
-        image=_choose_format({os.path.splitext(sample.name)[1].lower() for sample in samples}),
+        image=_choose_format(samples),
         max_side=max_side,
         quality=quality,
         shard_samples=shard_samples,
@@ -120,6 +125,8 @@ def pack(
     with lock_folder(out):
         manifest = read_manifest_or_none_yet(out)
         if (old := manifest.splits.get(split)) is not None and not overwrite:
+            if keep and old.plan == asdict(plan):
+                return _summarise(out, split, old, [], was_there=True)
             has = f"already has a split {split!r} of {old.samples:,} samples"
             raise BadInput(f"{out} {has}: give another --split or folder, or --overwrite")
         if classes is not None and manifest.classes not in (None, classes):
@@ -139,23 +146,36 @@ def pack(
             shutil.rmtree(work)
             raise BadInput(_refusal(out, split, unreadable, len(samples)))
         entry = publish(out, work, plan, classes, shards, results)
+    return _summarise(out, split, entry, results, kept_shards=len(kept))
+
+
+def count_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _summarise(
+    out: Path,
+    split: str,
+    entry: Split,
+    results: Sequence[ShardResult],
+    *,
+    kept_shards: int = 0,
+    was_there: bool = False,
+) -> Summary:
     return Summary(
         path=out,
         split=split,
         samples=entry.samples,
         shards=len(entry.shards),
         bytes=sum(shard.bytes for shard in entry.shards),
-        image=plan.image,
-        unreadable=unreadable,
+        image=entry.image,
+        unreadable=[(name, reason) for result in results for name, reason in result.unreadable],
         converted=sum(result.converted for result in results),
         shrunk=sum(result.shrunk for result in results),
-        kept_shards=len(kept),
+        kept_shards=kept_shards,
+        was_there=was_there,
     )
-
-
-def count_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_options(split: str, shard_samples: int, max_side: int | None, quality: int, workers: int) -> None:
@@ -171,9 +191,11 @@ def _check_options(split: str, shard_samples: int, max_side: int | None, quality
             raise BadInput(f"{option} is {value}, it must lie in [{low}, {high}]")
 
 
-def _choose_format(suffixes: set[str]) -> str:
-    """The extension that all pictures of the set will have."""
-    if suffixes <= _LOSSLESS_SUFFIXES:
+def _choose_format(samples: Sequence[SourceSample]) -> str:
+    """The extension that all pictures of the set will have, by the names of those that are there."""
+    there = (sample.name for sample in samples if not isinstance(sample.image, Missing))
+    suffixes = {os.path.splitext(name)[1].lower() for name in there} & IMAGE_SUFFIXES
+    if suffixes and suffixes <= _LOSSLESS_SUFFIXES:
         return "png"
     return "webp" if suffixes == {".webp"} else "jpg"
 

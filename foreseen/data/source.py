@@ -4,9 +4,11 @@ The kinds of sources stand beside this file: `folder.py`, `table.py` (CSV) and `
 them apart. Each answers with `Splits`.
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,10 +220,31 @@ def walk(root: Path) -> Iterator[FoundFile]:
     Raises:
         BadInput: it is no folder, or one below may not be read.
     """
-    if not root.is_dir():
-        raise BadInput(f"{root} is not a folder" if root.exists() else f"{root} does not exist")
+    if not os.path.isdir(root):
+        raise BadInput(f"{root} is not a folder" if os.path.exists(root) else f"{root} does not exist")
+    yield from _walk(str(root), "", os.stat(root), set())
+
+
+def entries(folder: str | Path) -> Iterator[tuple[str, os.stat_result]]:
+    """What stands in a folder but hidden things: names, and what the file system says of them or of a link's end.
+
+    Links that lead nowhere or to themselves, and what vanishes meanwhile, are passed over.
+
+    Raises:
+        BadInput: it may not be read.
+    """
     try:
-        yield from _walk(str(root), "", set())
+        with os.scandir(folder) as found:
+            for entry in found:
+                if entry.name.startswith("."):
+                    continue
+                try:
+                    yield entry.name, entry.stat()
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ELOOP):
+                        raise
+    except FileNotFoundError:  # the folder itself has vanished
+        return
     except PermissionError as error:
         raise BadInput(f"{error.filename} may not be read: change its permissions") from None
 
@@ -234,17 +257,12 @@ def digest_files(files: Iterable[FoundFile]) -> str:
     return digest.hexdigest()
 
 
-def _walk(root: str, below: str, above: set[tuple[int, int]]) -> Iterator[FoundFile]:
-    folder = os.stat(os.path.join(root, below))
+def _walk(root: str, below: str, folder: os.stat_result, above: set[tuple[int, int]]) -> Iterator[FoundFile]:
     if (here := (folder.st_dev, folder.st_ino)) in above:
         return
-    with os.scandir(os.path.join(root, below)) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            name = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_dir():
-                yield from _walk(root, name, above | {here})
-            elif entry.is_file():
-                found = entry.stat()
-                yield FoundFile(name, found.st_size, found.st_mtime_ns)
+    for last, found in entries(os.path.join(root, below)):
+        name = f"{below}/{last}" if below else last
+        if stat.S_ISDIR(found.st_mode):
+            yield from _walk(root, name, found, above | {here})
+        elif stat.S_ISREG(found.st_mode):
+            yield FoundFile(name, found.st_size, found.st_mtime_ns)

@@ -60,11 +60,12 @@ def cut_test(labels: NDArray[np.integer], names: Sequence[str], fraction: float)
     """Set a share of each class aside as the test split, for good.
 
     The order within a class is keyed by the samples' names and no seed, so runs agree on it, and samples that are added
-    later leave nearly all others where they were.
+    later leave nearly all others where they were. Samples of one name are one picture: they count once, by the first
+    of their labels, and stay together.
 
     Args:
         labels: class of each sample, [N]; samples with -1 stay in train.
-        names: of the samples, [N].
+        names: of the samples' pictures, [N].
         fraction: share of each class, rounded; at least one of each class that has two, none of one that has one.
 
     Returns:
@@ -72,9 +73,11 @@ def cut_test(labels: NDArray[np.integer], names: Sequence[str], fraction: float)
     """
     keys = subkeys(name_keys(names), "test split")
     labelled = np.flatnonzero(labels >= 0)
-    by_class = _in_classes(labels, labelled, keys[labelled])
-    train, test = by_class.split(_share(by_class.counts, fraction), None)
-    return np.sort(np.concatenate([train, np.flatnonzero(labels < 0)])), test
+    pictures = labelled[np.unique(keys[labelled], return_index=True)[1]]
+    by_class = _in_classes(labels, pictures, keys[pictures])
+    _, test = by_class.split(_share(by_class.counts, fraction), None)
+    is_test = np.isin(keys, keys[test])
+    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Runs straight from pictures, through the real commands: packed once behind the scenes, and anew after a change."""
 
 import csv
+import fcntl
 import json
 import os
 import shutil
@@ -228,8 +229,94 @@ def test_a_killed_packing_of_several_splits_goes_on(picture_folder: Path, tmp_pa
         shutil.copytree(picture_folder, tmp_path / "set" / split)
     pack = ("data", "pack", tmp_path / "set", tmp_path / "out", "--workers", 1)
     foreseen(*pack, "--split", "train")  # as far as a killed one came
-    assert "split test" in foreseen(*pack)
-    assert "already has a split 'train'" in refused(*pack)
+    said = foreseen(*pack)
+    assert "kept 37 pictures, packed from the same files before" in said
+    assert "split test" in said
+    assert foreseen(*pack).count("kept 37 pictures") == 2
+
+
+def test_a_split_of_another_source_is_never_taken_for_one_of_this(picture_folder: Path, tmp_path: Path) -> None:
+    for place, first in (("one", "a"), ("two", "b")):
+        for split in ("train", "test"):
+            shutil.copytree(picture_folder / first, tmp_path / place / split)
+    foreseen("data", "pack", tmp_path / "one", tmp_path / "out", "--split", "train", "--workers", 1)
+    assert "already has a split 'train'" in refused("data", "pack", tmp_path / "two", tmp_path / "out", "--workers", 1)
+
+
+def test_a_test_split_without_labels_is_no_test_split(pictures: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """As Kaggle hands them out: train/class/*.jpg and test/*.jpg."""
+    root = tmp_path / "set"
+    shutil.copytree(pictures, root / "train")
+    shutil.copytree(pictures / "a", root / "test")
+    said = foreseen("finetune", "cpu_minutes", *recipe(**SCRATCH, data__path=root))
+    assert "the split test of" in said
+    assert "has no labels to judge by, and is called test_unlabelled" in said
+    assert result(tmp_path / "run")["test"]["count"] == 7
+    shutil.copytree(pictures, root / "val")
+    said = foreseen("finetune", "cpu_minutes", *recipe(**SCRATCH, data__path=root, run__dir=tmp_path / "more"))
+    assert "its val is read as the test split" in said
+    assert result(tmp_path / "more")["test"]["count"] == 37
+    more = {"data__path": root, "data__split": "test_unlabelled", "run__dir": tmp_path / "pretrained"}
+    foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, **more))
+
+
+def test_finetuning_says_before_it_trains_that_there_is_nothing_to_be_scored_by(
+    picture_folder: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    for split, labels in (("train", "folder"), ("test", "none")):
+        foreseen("data", "pack", picture_folder, tmp_path / "set", "--split", split, "--labels", labels, "--workers", 1)
+    named = {**SCRATCH, "data__path": tmp_path / "set"}
+    assert "split 'test' of" in refused("finetune", "cpu_minutes", *recipe(**named))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    said = foreseen("finetune", "cpu_minutes", *recipe(**named, data__test_split="none"))
+    assert said.index("there will be no test score") < said.index("training and")
+
+
+def test_converted_pictures_are_counted(pictures: Path, recipe: Recipe) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 40)).save(pictures / "a" / "one.png")
+    said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures, data__test_fraction=0))
+    assert "1 pictures of train are of other formats and were converted to jpg" in said
+
+
+def test_probes_read_the_packed_copy_that_training_reads(
+    pictures: Path, recipe: Recipe, tmp_path: Path, cache: Path
+) -> None:
+    file = write_csv(tmp_path / "list.csv", pictures)
+    file.write_text(file.read_text().replace("file,breed", "where,kind"))
+    columns = {"data__columns__image": "where", "data__columns__label": "kind", "data__test_fraction": 0.4}
+    foreseen("pretrain", "mae_cpu_minutes",
+             *recipe(**TINY, **columns, data__path=file, probe__data=file, probe__every=2))  # fmt: skip
+    assert len(list(cache.glob("packed-*"))) == 1
+    encoder = tmp_path / "run" / "encoder"
+    said = foreseen("probe", encoder, file, "--image-column", "where", "--label-column", "kind", "--workers", 0)
+    assert "7 pictures judged" in said
+    assert "--image-column" in refused("probe", encoder, file)
+
+
+def test_runs_that_start_together_draw_procedural_pets_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from accelerate import Accelerator
+
+    from foreseen.commands import session
+    from foreseen.data import procedural
+
+    drawn: list[Path] = []
+
+    def draw(out: Path, **_: object) -> None:
+        with pytest.raises(BlockingIOError), open(cache / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        out.mkdir()
+        (out / "manifest.json").touch()
+        drawn.append(out)
+
+    monkeypatch.setattr(procedural, "write_procedural_pets", draw)
+    accelerator = Accelerator(cpu=True)
+    paths = {session.procedural_pets(32, accelerator) for _ in range(2)}
+    assert paths == {*drawn}
+    assert len(drawn) == 1
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from foreseen.data.decode import decode
 from foreseen.data.manifest import read_manifest
 from foreseen.data.pack import pack
 from foreseen.data.shards import ShardSet
-from foreseen.data.source import Blob, FolderListing, SourceSample
+from foreseen.data.source import Blob, FolderListing, Missing, SourceSample
 from foreseen.data.tars import scan_tar
 from foreseen.data.write_shard import ShardJob, ShardResult, write_shard
 from foreseen.errors import BadInput
@@ -474,3 +474,23 @@ def _members_of_session(session: int) -> set[int]:
         if int(fields[3]) == session and fields[0] != "Z":
             found.add(int(folder.name))
     return found
+
+
+def test_a_missing_picture_says_nothing_of_the_format(tmp_path: Path) -> None:
+    png = save(tmp_path / "source" / "a.png")
+    samples = [*FolderListing(tmp_path / "source"), SourceSample("row 14", Missing("row 14 names no file"))]
+    summary = pack(samples, tmp_path / "set", "train", workers=1)
+    assert (summary.image, summary.converted, len(summary.unreadable)) == ("png", 0, 1)
+    assert ShardSet.open(tmp_path / "set", "train").read(0) == png.read_bytes()
+
+
+def test_a_split_is_kept_only_where_the_same_was_packed_in_the_same_way(picture_folder: Path, tmp_path: Path) -> None:
+    samples = FolderListing(picture_folder)
+    first = pack(samples, tmp_path / "set", "train", workers=1)
+    before = contents(tmp_path / "set")
+    again = pack(samples, tmp_path / "set", "train", workers=1, keep=True)
+    assert (again.was_there, again.samples, again.bytes, first.was_there) == (True, 37, first.bytes, False)
+    assert contents(tmp_path / "set") == before
+    for other, options in ((samples, {"max_side": 45}), (samples[:5], {})):
+        with pytest.raises(BadInput, match="already has a split 'train'"):
+            pack(other, tmp_path / "set", "train", workers=1, keep=True, **options)  # type: ignore[arg-type]

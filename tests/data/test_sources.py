@@ -1,17 +1,19 @@
 """Sources: what folders, CSVs and Hugging Face sets are read as, and the sentences where they cannot be."""
 
 import csv
+import os
 import shutil
 import socket
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 
 from foreseen.data.hugging_face import HuggingFaceSource
 from foreseen.data.open_source import SourceOptions, is_packed, open_source
 from foreseen.data.pack import pack
-from foreseen.data.source import Splits
+from foreseen.data.source import Missing, Splits
 from foreseen.data.table import Columns, TableSource
 from foreseen.errors import BadInput
 
@@ -118,6 +120,25 @@ def test_a_folder_of_shards_is_told_from_a_folder_of_pictures(small_shards: Path
     assert not is_packed(str(picture_folder))
 
 
+def test_links_to_themselves_or_nowhere_are_passed_over(picture_folder: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(picture_folder, tmp_path / "set")
+    (root / "a" / "itself.jpg").symlink_to("itself.jpg")
+    (root / "itself").symlink_to("itself")
+    (root / "a" / "nowhere.jpg").symlink_to("gone.jpg")
+    (root / "a" / "above").symlink_to(root)
+    assert len(read(root).splits["train"]) == 37
+    assert not is_packed(str(root / "itself"))
+
+
+def test_a_folder_that_may_not_be_read_is_a_sentence(picture_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(place: object) -> None:
+        raise PermissionError(13, "Permission denied", str(place))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(BadInput, match="may not be read: change its permissions"):
+        read(picture_folder)
+
+
 # CSV
 
 
@@ -165,6 +186,13 @@ def test_rows_without_a_file_are_packed_as_unreadable_and_named_by_row(picture_f
         str(tmp_path): f"row 5 of list.csv names no file that is there: {tmp_path}",
     }
     assert "row 3 of list.csv" in (tmp_path / "set" / "train.unreadable.txt").read_text()
+
+
+def test_whole_numbers_of_any_length_stay_apart(picture_folder: Path, tmp_path: Path) -> None:
+    name = picture_folder / "a" / "picture 0.jpg"
+    labels = [2**53, 2**53 + 1, f"{2**70}.0", 7]
+    found = read(write_csv(tmp_path / "list.csv", [["path", "label"], *([name, label] for label in labels)]))
+    assert found.classes == ("7", str(2**53), str(2**53 + 1), str(2**70))
 
 
 @pytest.mark.parametrize(
@@ -274,6 +302,74 @@ def test_columns_of_a_hugging_face_set_are_found_chosen_and_missed(
     rows.remove_columns("image").to_parquet(str(place))
     with pytest.raises(BadInput, match="has no column of pictures, it has label"):
         read(f"hf:{place}")
+
+
+def test_each_split_of_a_hugging_face_set_is_read_by_its_own_class_names(
+    hugging_face: "datasets.DatasetDict", tmp_path: Path
+) -> None:
+    rows = embedded(hugging_face)
+    turned = datasets.ClassLabel(names=["c", "b", "a", "d"])
+    other = rows["train"].map(lambda row: {"label": 2 - row["label"]}, features=datasets.Features(
+        {"image": datasets.Image(), "label": turned}))  # fmt: skip
+    datasets.DatasetDict({"test": other, "train": rows["train"]}).save_to_disk(str(tmp_path / "saved"))
+    found = read(f"hf:{tmp_path / 'saved'}")
+    assert found.classes == ("c", "b", "a", "d")
+    labels = {split: [sample.label for sample in samples] for split, samples in found.splits.items()}
+    assert labels["train"] == labels["test"]
+    with pytest.raises(BadInput, match="has a class 'a' that the set does not have: b, c"):
+        HuggingFaceSource(str(tmp_path / "saved"), Columns()).read(("b", "c"))
+
+
+def test_columns_that_hold_no_pictures_or_are_missing_in_a_split_are_sentences(
+    hugging_face: "datasets.DatasetDict", tmp_path: Path
+) -> None:
+    rows = embedded(hugging_face)
+    place = tmp_path / "saved"
+    rows["test"] = rows.pop("validation").remove_columns("label")
+    rows.save_to_disk(str(place))
+    with pytest.raises(BadInput, match="column 'label' of split 'train' of hf:.* holds no pictures: choose another by"):
+        read(f"hf:{place}", columns=Columns(image="label"))
+    found = read(f"hf:{place}")
+    assert found.notes == (f"split 'test' of hf:{place} has no column 'label': no labels",)
+    assert {sample.label for sample in found.splits["test"]} == {None}
+    assert {sample.label for sample in found.splits["train"]} == {0, 1, 2}
+    rows["test"] = rows["test"].rename_column("image", "picture")
+    rows.save_to_disk(str(tmp_path / "more"))
+    with pytest.raises(BadInput, match="split 'test' of hf:.* has no column 'image', it has picture"):
+        read(f"hf:{tmp_path / 'more'}")
+
+
+def test_a_row_never_names_a_file_outside_its_set(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = shutil.copy(picture_folder / "a" / "picture 0.jpg", tmp_path / "private.jpg")
+    root = tmp_path / "set"
+    (root / "pictures").mkdir(parents=True)
+    shutil.copy(private, root / "pictures" / "own.jpg")
+    paths = [str(private), "../private.jpg", "private.jpg", "pictures/own.jpg", str(root / "pictures" / "own.jpg")]
+    images = [{"bytes": None, "path": path} for path in paths]
+    features = datasets.Features({"image": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": images}, features=features)
+    pyarrow.parquet.write_table(rows.data.table, root / "train.parquet")  # `to_parquet` looks for the files
+    monkeypatch.chdir(tmp_path)
+    for place in (root, root / "train.parquet"):
+        samples = read(f"hf:{place}").splits["train"]
+        reasons = [sample.image.reason if isinstance(sample.image, Missing) else None for sample in samples]
+        assert [reason and reason.split(" has no picture")[1] for reason in reasons] == [
+            f", and {private} lies outside the set", ", and ../private.jpg lies outside the set",
+            ": no file private.jpg", None, None,
+        ]  # fmt: skip
+        assert samples[3].image.read() == Path(private).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["pandas", "csv", "imagefolder", "mnist"])
+def test_readers_of_datasets_are_no_names_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.pkl").write_bytes(b"cos\nabort\n(tR.")  # read as a pickle, it ends the process
+    with pytest.raises(BadInput, match=f"hf:{name} does not exist, and is no name on the hub, such as user/set"):
+        read(f"hf:{name}")
 
 
 def test_what_is_no_hugging_face_set_is_a_sentence(tmp_path: Path) -> None:

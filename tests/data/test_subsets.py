@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foreseen.data.subsets import labelled_subsets
+from foreseen.data.subsets import cut_test, labelled_subsets
 from foreseen.errors import BadInput
 
 
@@ -58,3 +58,18 @@ def test_the_seed_chooses():
 def test_too_few_labels_are_refused_with_the_arithmetic():
     with pytest.raises(BadInput, match=r"class 1 has 3 training samples \(4 labelled, 1 of them .* data.shots .* to 3"):
         cut([0] * 10 + [1] * 4, shots=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 20)), min_size=1, max_size=60), st.floats(0.01, 0.9))
+def test_rows_of_one_picture_are_never_in_both_train_and_test(rows, fraction):
+    labels, names = np.array([label for label, _ in rows]), [f"{number}.jpg" for _, number in rows]
+    train, test = cut_test(labels, names, fraction)
+    assert sorted([*train, *test]) == list(range(len(rows)))
+    assert not {names[row] for row in train} & {names[row] for row in test}
+
+
+def test_a_class_of_one_picture_in_many_rows_stays_in_train():
+    train, test = cut_test(np.array([0, 0, 0, 1, 1]), ["a", "a", "a", "b", "c"], 0.5)
+    assert train.tolist()[:3] == [0, 1, 2]
+    assert len(test) == 1
