@@ -68,6 +68,7 @@ def run(config: "Config") -> "Outcome":
     from foreseen.engine.train import Job, train
     from foreseen.errors import BadInput
     from foreseen.finetune.methods import METHODS
+    from foreseen.handoff.encoder import parents_of
 
     with session(config) as (accelerator, say):
         shards = open_shards(config, config.data.split, accelerator)
@@ -96,7 +97,10 @@ def run(config: "Config") -> "Outcome":
         size = config.batch.micro_size or max(1, config.batch.global_size // ranks)
         validation = SweepDataset(judge, size, rank=rank, ranks=ranks, subset=subsets.validation)
         say(f"{len(subsets.train)} training and {len(subsets.validation)} validation samples, {num_classes} classes")
-        job = Job(config, objective, builder, subset=subsets.train, validation=validation, choose_by="top1")
+        job = Job(
+            config, objective, builder, subset=subsets.train, validation=validation, choose_by="top1",
+            parents=parents_of(objective.encoder()),
+        )  # fmt: skip
         outcome = train(job, accelerator)
         if outcome.preempted:
             say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
@@ -128,20 +132,27 @@ def _look_at_test(config: "Config", accelerator: "Accelerator") -> None:
 
 def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int) -> None:
     """Take the checkpoint that validation chose, read the test split with it, and hand it over."""
+    from functools import partial
+
+    from foreseen.data.batch import BatchLayout
+    from foreseen.engine.memory import advise_on_scores, memory_advice
     from foreseen.engine.train import load_best
     from foreseen.handoff.encoder import Preprocessing, save_encoder
     from foreseen.handoff.lineage import describe_lineage
 
     config, objective = job.config, job.objective
     objective.load_state_dict(load_best(job, outcome).handed_over)
-    result = _score(job, outcome, accelerator, size)
+    layout = BatchLayout(config.batch.global_size, size, accelerator.num_processes)
+    advice = partial(advise_on_scores, layout, objective.group)
+    with memory_advice(f"in the test split at batch.micro_size {size}", advice):
+        result = _score(job, outcome, accelerator, size)
     if not accelerator.is_main_process:
         return
     seen = Preprocessing.of_view(objective.evaluation_request().views[0])
-    step, encoder = outcome.best_step or outcome.step, objective.encoder()
-    lineage = describe_lineage(config, job.builder.shards, step, encoder) | {"result": result}
+    step = outcome.best_step or outcome.step
+    lineage = describe_lineage(config, job.builder.shards, step, outcome.parents) | {"result": result}
     folder = config.run.dir / "encoder"
-    save_encoder(encoder, folder, preprocessing=seen, lineage=lineage)
+    save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
     accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
 
 

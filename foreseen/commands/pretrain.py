@@ -33,7 +33,7 @@ def run(config: "Config") -> "Outcome":
     from foreseen.commands.session import open_shards, record_config, session
     from foreseen.data.loader import BatchBuilder
     from foreseen.engine.train import Job, train
-    from foreseen.handoff.encoder import Preprocessing, save_encoder
+    from foreseen.handoff.encoder import Preprocessing, parents_of, save_encoder
     from foreseen.handoff.lineage import describe_lineage
     from foreseen.pretrain.methods import METHODS
 
@@ -45,13 +45,14 @@ def run(config: "Config") -> "Outcome":
         builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=config.data.fast_decode)
         seen = Preprocessing.of_view(objective.request.views[0])
         probe = _online_probe(config, shards, seen, accelerator)
-        outcome = train(Job(config, objective, builder, probe=probe), accelerator)
+        parents = parents_of(objective.encoder())
+        outcome = train(Job(config, objective, builder, probe=probe, parents=parents), accelerator)
         if accelerator.is_main_process:
             if outcome.preempted:
                 say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
             else:
                 folder = config.run.dir / "encoder"
-                lineage = describe_lineage(config, shards, outcome.step, objective.encoder())
+                lineage = describe_lineage(config, shards, outcome.step, outcome.parents)
                 save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
                 say(f"encoder: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
     return outcome

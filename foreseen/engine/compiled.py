@@ -5,7 +5,7 @@ Keys are drawn outside of blocks, so nothing random is ever compiled.
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,25 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str) -> None:
     options = {"deterministic": True} if backend == "inductor" else None
     for block in blocks:
         block.compile(backend=backend, dynamic=False, options=options)
+
+
+@contextlib.contextmanager
+def compile_advice(backend: str | None) -> Iterator[None]:
+    """Turn a failure of torch's compiler, such as for want of a C++ compiler or Triton, into a sentence with a remedy.
+
+    Args:
+        backend: of the run; None where nothing is compiled.
+    """
+    try:
+        yield
+    except Exception as error:
+        if backend is None or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(
+            f"compute.compile {backend!r} cannot compile this model here ({reason}); install what it misses, or set "
+            "compute.compile=false"
+        ) from error
 
 
 def uncompiled(backend: str | None) -> contextlib.AbstractContextManager[Any]:

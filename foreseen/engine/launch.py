@@ -42,8 +42,8 @@ def start(compute: Compute) -> Accelerator:
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[buffers])
     if accelerator.device.type == "cpu" and compute.precision == "fp32":
         allow_fast_fp32()
-    if accelerator.device.type == "cpu" and accelerator.is_main_process:
-        _advise_on(compute.precision)
+    if accelerator.is_main_process:
+        _advise_on(compute.precision, accelerator.device)
     return accelerator
 
 
@@ -136,8 +136,13 @@ def _is_amd() -> bool:
     return "AuthenticAMD" in cpu_info()
 
 
-def _advise_on(precision: str) -> None:
-    if precision in _FAST_ON_A_CPU and not _FAST_ON_A_CPU[precision] & set(cpu_info().split()):
+def _advise_on(precision: str, device: torch.device) -> None:
+    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        _logger.warning(
+            "%s has no bf16 arithmetic, so compute.precision bf16 is emulated, and slow; set compute.precision=fp16",
+            torch.cuda.get_device_name(device),
+        )
+    if device.type == "cpu" and precision in _FAST_ON_A_CPU and not _FAST_ON_A_CPU[precision] & set(cpu_info().split()):
         _logger.warning(
             "this CPU has no %s arithmetic, so compute.precision %s is several times slower than fp32 here; "
             "set compute.precision=fp32", precision, precision,

@@ -30,6 +30,11 @@ class SteppedOptimizer:
         optim: the config's section, with `warmup_steps` resolved.
         global_size: samples per step.
         total_steps: length of the run.
+
+    Attributes:
+        parameters: the trained ones, by name.
+        peak_lr: of parameters without a scale of their own.
+        waits_for_device: whether each step reads on the host if it is finite.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class SteppedOptimizer:
         self._rules: list[ParameterRule] = []
         self.optimizer = _build(self._groups(trained, rules), optim, self.peak_lr)
         self.skips_on_device = bool(self.optimizer.defaults.get("fused"))
+        self.waits_for_device = not self.skips_on_device and any(p.device.type != "cpu" for p in trained.values())
         self._settings = set(self.optimizer.param_groups[0])
 
     def _groups(self, trained: dict[str, nn.Parameter], rules: Mapping[str, ParameterRule]) -> list[dict[str, Any]]:

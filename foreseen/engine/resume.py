@@ -1,6 +1,6 @@
 """What makes two starts the same run: the config but for what cannot change the result, and the data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foreseen.config import Config
@@ -17,12 +17,15 @@ _FREE = {
 }  # fmt: skip
 
 
-def run_state(config: Config, data: Mapping[str, Any], step: int) -> dict[str, Any]:
+def run_state(
+    config: Config, data: Mapping[str, Any], parents: Sequence[Mapping[str, Any]], step: int
+) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint says of its run; `data` is of `describe_data`."""
     return {
         "order_version": ORDER_VERSION,
         "samples_seen": step * config.batch.global_size,
         **data,
+        "parents": list(parents),
         "config": config.model_dump(mode="json"),
     }
 
@@ -52,19 +55,50 @@ def check_same_data(shards: ShardSet, then: Mapping[str, Any]) -> None:
         raise BadInput(f"the labels of {where}; bring the old ones back, or take another run.dir")
 
 
-def check_same_run(config: Config, shards: ShardSet, state: dict[str, Any]) -> None:
+def check_same_run(
+    config: Config, shards: ShardSet, parents: Sequence[Mapping[str, Any]], state: dict[str, Any]
+) -> None:  # fmt: skip
     """Refuse to go on with another job's checkpoint.
 
+    Args:
+        config: of this start, its length resolved.
+        shards: trained on in this start.
+        parents: what this start's weights are from.
+        state: of the checkpoint.
+
     Raises:
-        BadInput: names the keys that differ, or the data.
+        BadInput: names the keys that differ, or the data, or the weights that it began from.
     """
     check_same_config(config, state["config"])
+    _check_same_weights(config, parents, state["parents"])
     check_same_data(shards, state)
     if state["order_version"] != ORDER_VERSION:
         raise BadInput(
             f"run.dir {config.run.dir} was begun with order version {state['order_version']}, this program has "
             f"{ORDER_VERSION}; go on with the older program, or take another run.dir"
         )
+
+
+def _check_same_weights(
+    config: Config, parents: Sequence[Mapping[str, Any]], then: Sequence[Mapping[str, Any]]
+) -> None:  # fmt: skip
+    """Where `model.init_from` lies is free; what it holds is not."""
+    if [_weights_of(parent) for parent in parents] != [_weights_of(parent) for parent in then]:
+        before, now = (", ".join(map(_name, both)) or "random weights" for both in (then, parents))
+        raise BadInput(
+            f"run.dir {config.run.dir} holds a checkpoint of a job that began from {before}, and this one begins from "
+            f"{now}; take another run.dir, or set model.init_from back"
+        )
+
+
+def _weights_of(parent: Mapping[str, Any]) -> str:
+    """Public weights have no file here to take a checksum of."""
+    return str(parent["weights_sha256"] or parent["source"])
+
+
+def _name(parent: Mapping[str, Any]) -> str:
+    checksum = parent["weights_sha256"]
+    return f"{parent['source']} (sha256 {checksum[:8]}…)" if checksum else str(parent["source"])
 
 
 def check_same_config(config: Config, then: dict[str, Any]) -> None:

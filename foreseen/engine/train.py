@@ -6,8 +6,9 @@ not finite, `after_step`. The host reads nothing from the device but when it log
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,20 @@ from foreseen.config import Config
 from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.loader import BatchBuilder, StreamDataset, SweepDataset, load
 from foreseen.data.views import finish
+from foreseen.engine.batch_statistics import KeptStatistics
 from foreseen.engine.checkpoint import Checkpoint, Checkpoints
-from foreseen.engine.compiled import uncompiled
+from foreseen.engine.compiled import compile_advice, uncompiled
 from foreseen.engine.evaluate import evaluate
 from foreseen.engine.launch import autocast, image_dtype, place, wrap
 from foreseen.engine.log import Meter, RunLog, duration
 from foreseen.engine.loss_scale import LossScale
-from foreseen.engine.memory import memory_advice
+from foreseen.engine.memory import (
+    advise_on_probes,
+    advise_on_scores,
+    advise_on_steps,
+    advise_on_weights,
+    memory_advice,
+)
 from foreseen.engine.objective import Objective, Progress, all_reduce_sum
 from foreseen.engine.online_probe import OnlineProbe
 from foreseen.engine.optimizer import SteppedOptimizer
@@ -47,6 +55,7 @@ class Job:
         validation: this rank's share of the samples to choose by, if any.
         choose_by: the validation number whose largest value marks the best checkpoint.
         probe: what judges the frozen encoder on the way, if anything does.
+        parents: what the weights began from, each with its "source" and "weights_sha256"; see `parents_of`.
     """
 
     config: Config
@@ -56,6 +65,7 @@ class Job:
     validation: SweepDataset | None = None
     choose_by: str | None = None
     probe: OnlineProbe | None = None
+    parents: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -67,12 +77,14 @@ class Outcome:
         preempted: it was told to stop, and is not at its end.
         best_step: by validation, if there is any.
         told_to_stop: so it was, perhaps at its very end.
+        parents: what its weights began from, at its first start, wherever that lies now.
     """
 
     step: int
     preempted: bool
     best_step: int | None = None
     told_to_stop: bool = False
+    parents: Sequence[Mapping[str, Any]] = ()
 
 
 def train(job: Job, accelerator: Accelerator) -> Outcome:
@@ -82,17 +94,24 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
     the run reached its end, the objective holds the weights to hand over: their average, where one is kept.
     """
     config, run = job.config, job.config.run
-    trainer = _Trainer(job, accelerator)
-    step = trainer.restore()
+    with memory_advice("placing the weights", partial(advise_on_weights, config)):
+        trainer = _Trainer(job, accelerator)
+        step = trainer.restore()
     log = RunLog(run.dir, trainer.total_steps, step, speaks=accelerator.is_main_process)
     if step:
         log.say(f"going on from step {step} of {trainer.total_steps}")
+    if trainer.optimizer.waits_for_device:
+        log.say(
+            f"optim.name {config.optim.name} learns on the host whether a step is finite, so every step waits for the "
+            "device; adamw need not"
+        )
     if job.probe is not None:
         job.probe.recall(run.dir / "metrics.jsonl", accelerator)
     try:
         with (
             Preemption(accelerator.num_processes) as preemption,
-            memory_advice(config, trainer.layout, job.objective.group),
+            compile_advice(config.compute.backend),
+            memory_advice(f"in training at batch.micro_size {trainer.layout.micro_size}", trainer.advise),
         ):
             job.objective.train()
             trainer.settle_buckets()
@@ -118,12 +137,13 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
                     if not stopped:
                         trainer.probe(step, log)
                 log.advance(step)
+            if trainer.average is not None and step == trainer.total_steps:
+                trainer.average.hand_over()
     finally:
         log.close()
-    if trainer.average is not None and step == trainer.total_steps:
-        trainer.average.hand_over()
     best = trainer.checkpoints.best
-    return Outcome(step, stopped and step < trainer.total_steps, best[0] if best else None, stopped)
+    best_step = best[0] if best else None
+    return Outcome(step, stopped and step < trainer.total_steps, best_step, stopped, trainer.parents)
 
 
 def _every(interval: int, step: int) -> bool:
@@ -160,11 +180,13 @@ class _Trainer:
         decay = config.optim.ema_decay
         self.average = None if decay is None else WeightAverage(job.objective, decay)
         self.data = describe_data(job.builder.shards, labels=job.objective.request.labels)
+        self.statistics = KeptStatistics(job.objective)
         self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.run.keep_last)
         self.meter = Meter()
         self.skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self.problems: list[str] = []
         self.unreadable = 0
+        self.parents = job.parents
 
     def progress(self, step: int) -> Progress:
         config = self.job.config
@@ -193,6 +215,7 @@ class _Trainer:
             return
         batch = self._finished(self.stream[0])
         progress = self.progress(0)
+        self.statistics.keep()
         for _ in range(2):
             with torch.no_grad(), self.autocast():
                 prepared = self.job.objective.prepare([batch], progress)[0]
@@ -200,6 +223,7 @@ class _Trainer:
                 loss = self.model(batch, prepared, progress)["loss"]
             self.accelerator.backward(loss * 0.0)
             self.optimizer.optimizer.zero_grad(set_to_none=True)
+        self.statistics.put_back(torch.zeros((), dtype=torch.bool, device=self.accelerator.device))
         self.problems.clear()  # of a batch that is no part of the run here
 
     def step(self, step: int, batches: Iterator[Batch]) -> Batch:
@@ -211,6 +235,7 @@ class _Trainer:
         waited_s = time.perf_counter() - waiting
         micro_batches = [self._finished(batch) for batch in loaded]
 
+        self.statistics.keep()
         with torch.no_grad(), self.autocast():
             prepared = objective.prepare(micro_batches, progress)
         sums: dict[str, Tensor] = {}
@@ -228,6 +253,7 @@ class _Trainer:
         norm, finite = self._clip()
         self.optimizer.step(step, finite)
         with torch.no_grad():
+            self.statistics.put_back(finite)
             objective.after_step(progress, finite)
             if self.loss_scale is not None:
                 self.loss_scale.update(finite)
@@ -246,6 +272,10 @@ class _Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.accelerator, self.job.config.compute)
+
+    def advise(self) -> str:
+        """What to set where the memory of training runs out."""
+        return advise_on_steps(self.job.config, self.layout, self.job.objective)
 
     def judged(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the objective holds the weights that would be handed over."""
@@ -323,7 +353,8 @@ class _Trainer:
         if job.validation is None:
             return None
         started = time.perf_counter()
-        with self.judged():
+        advice = partial(advise_on_scores, self.layout, job.objective.group)
+        with self.judged(), memory_advice(f"in validation at batch.micro_size {self.layout.micro_size}", advice):
             numbers = evaluate(
                 job.objective, job.validation, self.accelerator, job.config.compute, workers=job.config.data.workers
             )
@@ -337,7 +368,7 @@ class _Trainer:
         probe = self.job.probe
         if probe is None or not probe.is_due(step, self.total_steps):
             return
-        with self.judged():
+        with self.judged(), memory_advice("in a probe", advise_on_probes):
             values, line = probe.run(
                 step, self.job.objective.encoder(), self.accelerator, self.job.config.compute,
                 batch_size=self.layout.micro_size, workers=self.job.config.data.workers,
@@ -348,19 +379,22 @@ class _Trainer:
         """Publish a checkpoint; rank 0 writes, since no state differs between ranks."""
         if self.accelerator.is_main_process:
             tensors, numbers = self.optimizer.state()
-            state = run_state(self.job.config, self.data, step) | {
+            state = run_state(self.job.config, self.data, self.parents, step) | {
                 "optimizer": numbers,
                 "skipped_steps": int(self.skipped),
                 "unreadable_samples": self.unreadable,
                 "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
+                "score": score,
             }
-            best = self.checkpoints.best
-            improved = score is not None and (best is None or score > best[1])
             average = None if self.average is None else self.average.state()
             self.checkpoints.save(step, self.job.objective.state_dict(), tensors, state, average)
-            if score is not None and improved:
-                self.checkpoints.mark_best(step, score)
+            self._mark_if_best(step, score)
         self.accelerator.wait_for_everyone()
+
+    def _mark_if_best(self, step: int, score: float | None) -> None:
+        best = self.checkpoints.best
+        if score is not None and (best is None or score > best[1]):
+            self.checkpoints.mark_best(step, score)
 
     def restore(self) -> int:
         """Go on from the newest sound checkpoint of this run; returns the updates already made."""
@@ -373,7 +407,7 @@ class _Trainer:
         if newest[0] is None:
             return 0
         found = self.checkpoints.load(newest[0])
-        check_same_run(self.job.config, self.job.builder.shards, found.state)
+        check_same_run(self.job.config, self.job.builder.shards, self.job.parents, found.state)
         self.job.objective.load_state_dict(found.model)
         self.optimizer.load_state(found.optimizer, found.state["optimizer"])
         if self.loss_scale is not None:
@@ -383,6 +417,9 @@ class _Trainer:
             self.average.load_state(found.average)
         self.skipped.fill_(found.state["skipped_steps"])
         self.unreadable = found.state["unreadable_samples"]
+        self.parents = found.state["parents"]
+        if self.accelerator.is_main_process:
+            self._mark_if_best(found.step, found.state["score"])  # a kill may have come between the two
         return found.step
 
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from foreseen.engine.batch_statistics import batch_statistics
 
 
 class WeightAverage:
@@ -23,21 +24,31 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._decay = decay
         self._weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-        self._weights |= _batch_statistics(module)
-        self._average = {name: weight.clone() for name, weight in self._weights.items()}
+        # All but the counters, of which there is no mean.
+        self._statistics = {n: value for n, value in batch_statistics(module).items() if value.is_floating_point()}
+        self._average = {name: value.clone() for name, value in self._held.items()}
+
+    @property
+    def _held(self) -> dict[str, Tensor]:
+        return self._weights | self._statistics
 
     def update(self, step: int, finite: Tensor) -> None:
         """Move towards the weights that update number `step` made; stands still, exactly, where it was skipped.
+
+        Weights are finite after a skipped update, since it left them alone; statistics need not be.
 
         Args:
             step: from 0.
             finite: boolean scalar on the device.
         """
         share = 1.0 - min(self._decay, (1 + step) / (10 + step))
-        average = list(self._average.values())
+        average = [self._average[name] for name in self._weights]
         way = torch._foreach_sub(list(self._weights.values()), average)
         torch._foreach_mul_(way, share * finite.to(average[0].dtype))
         torch._foreach_add_(average, way)
+        for name, statistic in self._statistics.items():
+            kept = self._average[name]
+            kept.copy_(torch.where(finite, kept.lerp(statistic, share), kept))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -53,7 +64,7 @@ class WeightAverage:
         self._exchange()
 
     def _exchange(self) -> None:
-        for name, weight in self._weights.items():
+        for name, weight in self._held.items():
             held = weight.clone()
             weight.copy_(self._average[name])
             self._average[name].copy_(held)
@@ -66,13 +77,3 @@ class WeightAverage:
         """Take back what `state` gave."""
         for name, average in self._average.items():
             average.copy_(state[name])
-
-
-def _batch_statistics(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{name}.{which}": statistic
-        for name, part in module.named_modules()
-        if isinstance(part, _BatchNorm) and part.running_mean is not None
-        for which in ("running_mean", "running_var")
-        if isinstance(statistic := getattr(part, which), Tensor)
-    }

@@ -3,16 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from foreseen import __version__
 from foreseen.config import Config
 from foreseen.data.manifest import read_manifest
 from foreseen.data.shards import ShardSet
-from foreseen.handoff.encoder import parents_of
 
 
-def describe_lineage(config: Config, shards: ShardSet, step: int, model: nn.Module) -> dict[str, Any]:
+def describe_lineage(
+    config: Config, shards: ShardSet, step: int, parents: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:  # fmt: skip
     """The lineage of a run's encoder.
 
     Each parent is recorded with its own lineage, so the chain back to random weights is in one file, whatever happens
@@ -22,17 +21,16 @@ def describe_lineage(config: Config, shards: ShardSet, step: int, model: nn.Modu
         config: of the run, resolved.
         shards: what it was trained on.
         step: updates made.
-        model: the encoder, of `create_encoder`.
+        parents: what its weights began from, of `parents_of` at its first start.
     """
     manifest = read_manifest(shards.path).splits[shards.split]
-    parents = parents_of(model)
     return {
         "method": config.method.name,
         "steps": step,
         "samples_seen": step * config.batch.global_size,
         "seed": config.seed,
         "licences": _licences(manifest.licence, parents),
-        "parents": parents,
+        "parents": list(parents),
         "data": {
             "path": str(shards.path.resolve()),
             "split": shards.split,

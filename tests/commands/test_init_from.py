@@ -121,6 +121,22 @@ def test_the_chain_of_parents_is_kept_with_data_and_licences(
     assert "timm:test_vit.r160_in1k" in (tmp_path / "tuned/encoder/README.md").read_text(encoding="utf-8")
 
 
+def test_a_run_goes_on_from_the_weights_it_began_from_wherever_they_lie_and_from_no_others(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    made(tmp_path / "one")
+    made(tmp_path / "two")
+    pretrain(*recipe(**FROZEN, model__init_from=tmp_path / "one"))
+    (tmp_path / "one").rename(tmp_path / "moved")
+    pretrain(*recipe(**FROZEN, model__init_from=tmp_path / "moved"))
+    lineage = json.loads((tmp_path / "run/encoder/lineage.json").read_text(encoding="utf-8"))
+    assert [parent["source"] for parent in lineage["parents"]] == [str(tmp_path / "one")]
+    with pytest.raises(BadInput, match=r"began from \S+one \(sha256 \w{8}…\), and this one begins from \S+two"):
+        pretrain(*recipe(**FROZEN, model__init_from=tmp_path / "two"))
+    kept = json.loads((tmp_path / "run/encoder/lineage.json").read_text(encoding="utf-8"))
+    assert kept == lineage
+
+
 @pytest.mark.parametrize(
     ("options", "overrides", "sentence"),
     [

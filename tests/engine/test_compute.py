@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from foreseen.commands import pretrain
+from foreseen.commands.verbs import load_recipe
 from foreseen.config import Compute
 from foreseen.data.batch import Batch
 from foreseen.engine import loss_scale
@@ -153,6 +155,18 @@ def _gradients(vit: torch.nn.Module, images: Tensor, step: int) -> list[Tensor]:
 def test_a_backend_that_torch_does_not_have_is_refused() -> None:
     with pytest.raises(BadInput, match=r"compute.compile 'inducter' is no backend .* inductor"):
         start(Compute(precision="fp32", compile="inducter"))
+
+
+def test_a_machine_that_cannot_compile_is_a_sentence(
+    recipe: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    overrides = recipe(run__steps=1, optim__warmup_steps=0, batch__global_size=8, compute__compile=True)
+    torch._dynamo.reset()
+    with pytest.raises(BadInput, match=r"'inductor' cannot compile .*compiler.* set compute\.compile=false"):
+        pretrain.run(load_recipe("pretrain", "mae_cpu_minutes", overrides))
 
 
 @pytest.mark.parametrize("key", ["compile", "checkpoint_activations"])

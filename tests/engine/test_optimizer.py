@@ -78,6 +78,12 @@ def test_a_frozen_parameter_stands_still_until_its_time() -> None:
         assert torch.equal(module.weight, start) == (step < 2)
 
 
+@pytest.mark.parametrize(("name", "waits"), [("adamw", False), ("lamb", True)])
+def test_an_optimizer_that_waits_for_the_device_is_known(name: str, waits: bool) -> None:
+    assert _optimizer(nn.Linear(3, 2, device="meta"), name=name).waits_for_device == waits
+    assert not _optimizer(nn.Linear(3, 2), name=name).waits_for_device  # on a CPU there is nothing to wait for
+
+
 def test_an_unknown_optimizer_is_a_sentence() -> None:
     with pytest.raises(BadInput, match="optim.name 'adamv'"):
         _optimizer(nn.Linear(3, 2), name="adamv")

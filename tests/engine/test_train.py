@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from foreseen.config import Config, MethodOptions, resolve
-from foreseen.data.batch import Batch, BatchLayout
+from foreseen.data.batch import Batch
 from foreseen.data.loader import BatchBuilder, SweepDataset
 from foreseen.data.shards import ShardSet
 from foreseen.data.views import Request, View
@@ -68,7 +68,8 @@ class MeanColour(Objective):
         return {"crops": (batch.images["image"] * 50 + 128).to(torch.uint8)}
 
 
-def _config(folder: Path, **more: Any) -> Config:
+def configure(folder: Path, **more: Any) -> Config:
+    """A short run of MeanColour; `section__key` changes it."""
     raw: dict[str, Any] = {
         "run": {"dir": folder, "steps": 8, "save_every": 3, "log_every": 2},
         "model": {"name": "none"},
@@ -84,7 +85,8 @@ def _config(folder: Path, **more: Any) -> Config:
     return resolve(raw, {"mean_colour": MethodOptions})
 
 
-def _run(shards: Path, config: Config, *, validate: bool = False, seed: int = 0, **attributes: Any) -> Outcome:
+def run(shards: Path, config: Config, *, validate: bool = False, seed: int = 0, **attributes: Any) -> Outcome:
+    """Run an objective through the loop, with some of its attributes set."""
     config.run.dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     objective = attributes.pop("objective", MeanColour)()
@@ -110,7 +112,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_loss_falls_and_numbers_and_pictures_are_written(small_shards: Path, tmp_path: Path) -> None:
-    outcome = _run(small_shards, _config(tmp_path, run__steps=30, run__save_every=10))
+    outcome = run(small_shards, configure(tmp_path, run__steps=30, run__save_every=10))
     assert outcome == Outcome(30, preempted=False, best_step=None)
     lines = _lines(tmp_path)
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
@@ -126,11 +128,11 @@ def test_the_loss_falls_and_numbers_and_pictures_are_written(small_shards: Path,
 
 def test_a_run_that_was_told_to_stop_goes_on_bit_for_bit(small_shards: Path, tmp_path: Path) -> None:
     unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
-    _run(small_shards, _config(unbroken))
-    assert _run(small_shards, _config(stopped), signal_at=3) == Outcome(4, preempted=True)
+    run(small_shards, configure(unbroken))
+    assert run(small_shards, configure(stopped), signal_at=3) == Outcome(4, preempted=True, told_to_stop=True)
     seen: list[Tensor] = []
     # Another seed: nothing of a resumed run may come from the global generator.
-    assert _run(small_shards, _config(stopped), seed=12345, seen=seen).step == 8
+    assert run(small_shards, configure(stopped), seed=12345, seen=seen).step == 8
     assert _weights(unbroken, 8) == _weights(stopped, 8)
     assert int(seen[0][0]) == 4 * 16
     assert [line for line in _lines(stopped) if line["step"] in (6, 8)] == [
@@ -145,7 +147,7 @@ def test_the_resume_test_would_notice_a_lost_state(small_shards: Path, tmp_path:
     from foreseen.engine import checkpoint
 
     unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
-    _run(small_shards, _config(unbroken))
+    run(small_shards, configure(unbroken))
     shutil.copytree(unbroken, stopped)
     shutil.rmtree(stopped / "checkpoints/step-8")
     folder = stopped / "checkpoints/step-6"
@@ -158,17 +160,17 @@ def test_the_resume_test_would_notice_a_lost_state(small_shards: Path, tmp_path:
     save_file(optimizer, folder / "optimizer.safetensors")
     digests = {n: checkpoint._digest(folder / n) for n in ("model.safetensors", "optimizer.safetensors", "state.json")}
     (folder / "manifest.json").write_text(json.dumps({"files": digests}), encoding="utf-8")
-    _run(small_shards, _config(stopped))
+    run(small_shards, configure(stopped))
     assert _weights(unbroken, 8) != _weights(stopped, 8)
 
 
-def test_accumulation_does_not_change_the_run(small_shards: Path, tmp_path: Path) -> None:
+def test_accumulation_does_not_change_therun(small_shards: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     results = []
     for micro in (16, 8, 4):
         folder = tmp_path / str(micro)
-        _run(small_shards, _config(folder, batch__micro_size=micro, compute__precision="fp64"))
+        run(small_shards, configure(folder, batch__micro_size=micro, compute__precision="fp64"))
         results.append((load_file(folder / "checkpoints/step-8/model.safetensors"), _lines(folder)))
     for weights, lines in results[1:]:
         for name, value in results[0][0].items():
@@ -179,7 +181,7 @@ def test_accumulation_does_not_change_the_run(small_shards: Path, tmp_path: Path
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(small_shards: Path, tmp_path: Path) -> None:
-    _run(small_shards, _config(tmp_path, run__save_every=1, run__keep_last=8), poison_at=4)
+    run(small_shards, configure(tmp_path, run__save_every=1, run__keep_last=8), poison_at=4)
     model = "model.safetensors"
     before, after = (tmp_path / f"checkpoints/step-{n}" / model for n in (4, 5))
     assert before.read_bytes() == after.read_bytes()
@@ -189,8 +191,8 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_changes_nothing(small_
 
 
 def test_the_best_checkpoint_is_kept_and_named(small_shards: Path, tmp_path: Path) -> None:
-    config = _config(tmp_path, run__steps=12, run__save_every=4, run__keep_last=1)
-    outcome = _run(small_shards, config, validate=True)
+    config = configure(tmp_path, run__steps=12, run__save_every=4, run__keep_last=1)
+    outcome = run(small_shards, config, validate=True)
     scores = {line["step"]: line["validation/score"] for line in _lines(tmp_path) if "validation/score" in line}
     assert sorted(scores) == [4, 8, 12]
     assert outcome.best_step == max(scores, key=lambda step: scores[step])
@@ -198,8 +200,8 @@ def test_the_best_checkpoint_is_kept_and_named(small_shards: Path, tmp_path: Pat
 
 
 def test_the_average_of_the_weights_is_what_is_scored_and_handed_over(small_shards: Path, tmp_path: Path) -> None:
-    config = _config(tmp_path, run__steps=12, run__save_every=4, run__keep_last=3, optim__ema_decay=0.5)
-    outcome = _run(small_shards, config, validate=True)
+    config = configure(tmp_path, run__steps=12, run__save_every=4, run__keep_last=3, optim__ema_decay=0.5)
+    outcome = run(small_shards, config, validate=True)
     scores = {line["step"]: line["validation/score"] for line in _lines(tmp_path) if "validation/score" in line}
     checkpoints = Checkpoints(tmp_path / "checkpoints", 3)
     objective = MeanColour()
@@ -227,76 +229,66 @@ def test_the_average_of_the_weights_is_what_is_scored_and_handed_over(small_shar
 def test_another_job_in_the_same_folder_is_refused(
     small_shards: Path, tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
-    _run(small_shards, _config(tmp_path))
+    run(small_shards, configure(tmp_path))
     with pytest.raises(BadInput, match=sentence):
-        _run(small_shards, _config(tmp_path, **change))
+        run(small_shards, configure(tmp_path, **change))
 
 
 def test_what_cannot_change_the_result_may_change(small_shards: Path, tmp_path: Path) -> None:
-    _run(small_shards, _config(tmp_path))
+    run(small_shards, configure(tmp_path))
     moved = tmp_path / "moved shards"
     shutil.copytree(small_shards, moved)
-    assert _run(moved, _config(tmp_path, run__log_every=1, batch__micro_size=4)).step == 8
+    assert run(moved, configure(tmp_path, run__log_every=1, batch__micro_size=4)).step == 8
 
 
 def test_shards_that_changed_since_the_checkpoint_are_refused(small_shards: Path, tmp_path: Path) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(small_shards, changed)
-    _run(changed, _config(tmp_path / "run"))
+    run(changed, configure(tmp_path / "run"))
     manifest = json.loads((changed / "manifest.json").read_text(encoding="utf-8"))
     manifest["splits"]["train"]["index_digest"] = "0" * 64
     (changed / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(BadInput, match="the pictures of split .* changed since the run"):
-        _run(changed, _config(tmp_path / "run"))
+        run(changed, configure(tmp_path / "run"))
 
 
 def test_a_batch_that_cannot_be_cut_is_refused_with_sizes_that_fit(small_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"global_size 16 is not a multiple of 1 ranks × batch.micro_size 7 .* 8, 16"):
-        _run(small_shards, _config(tmp_path, batch__micro_size=7))
+        run(small_shards, configure(tmp_path, batch__micro_size=7))
 
 
-class Greedy(MeanColour):
-    def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-@pytest.mark.parametrize(
-    ("global_size", "micro_size", "group", "advice"),
-    [
-        (16, 8, 1, r"set batch.micro_size=4: the global batch stays 16"),
-        (18, 9, 1, r"set batch.micro_size=3: "),  # 4 does not divide 18
-        (24, 12, 4, r"set batch.micro_size=4: "),  # 6 cuts a group of four
-        (8, 4, 4, r"no smaller one fits, so set compute.checkpoint_activations=true"),
-    ],
-)
-def test_memory_that_runs_out_says_what_to_set(
-    small_shards: Path, tmp_path: Path, global_size: int, micro_size: int, group: int, advice: str
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_a_kill_between_saving_and_marking_forgets_no_score(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_last: int
 ) -> None:
-    config = _config(tmp_path, batch__global_size=global_size, batch__micro_size=micro_size)
-    with pytest.raises(BadInput, match=f"memory ran out at batch.micro_size {micro_size}; .*{advice}"):
-        _run(small_shards, config, objective=Greedy, group=group)
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    length = {"run__steps": 12, "run__save_every": 4, "run__keep_last": keep_last}
+    best_step = run(small_shards, configure(unbroken, **length), validate=True).best_step
+    mark_best = Checkpoints.mark_best
+
+    def kill(self: Checkpoints, step: int, score: float) -> None:
+        if step == best_step:
+            raise KeyboardInterrupt
+        mark_best(self, step, score)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "mark_best", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run(small_shards, configure(killed, **length), validate=True)
+    assert run(small_shards, configure(killed, **length), validate=True).best_step == best_step
+    best = [Checkpoints(run / "checkpoints", keep_last).best for run in (unbroken, killed)]
+    assert best[0] == best[1]
 
 
-def test_memory_advice_ends_with_a_smaller_model() -> None:
-    from foreseen.engine.memory import memory_advice
-
-    config = _config(Path("run"), compute__checkpoint_activations=True)
-    with pytest.raises(BadInput, match="no smaller one fits .* lower views.size or choose a smaller model.name"):
-        with memory_advice(config, BatchLayout(4, 1, ranks=4), group=1):
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-    with pytest.raises(RuntimeError, match="something else"), memory_advice(config, BatchLayout(4, 1), group=1):
-        raise RuntimeError("something else")
-
-
-def test_unreadable_samples_are_replaced_and_too_many_stop_the_run(small_shards: Path, tmp_path: Path) -> None:
+def test_unreadable_samples_are_replaced_and_too_many_stop_therun(small_shards: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(small_shards, damaged)
     shard = next(damaged.glob("train*.tar"))
     content = bytearray(shard.read_bytes())
     content[1024:2024] = bytes(1000)
     shard.write_bytes(content)
-    generous = _config(tmp_path / "one", data__max_bad_fraction=0.5)
-    assert _run(damaged, generous).step == 8
+    generous = configure(tmp_path / "one", data__max_bad_fraction=0.5)
+    assert run(damaged, generous).step == 8
     assert _lines(tmp_path / "one")[-1]["unreadable_samples"] > 0
     with pytest.raises(BadInput, match="data.max_bad_fraction"):
-        _run(damaged, _config(tmp_path / "two", data__max_bad_fraction=0.0))
+        run(damaged, configure(tmp_path / "two", data__max_bad_fraction=0.0))

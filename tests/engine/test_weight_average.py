@@ -60,6 +60,16 @@ def test_a_step_that_was_skipped_leaves_the_average_as_it_is() -> None:
     assert not torch.equal(average.state()["weight"], before["weight"])
 
 
+def test_batch_statistics_that_are_not_finite_leave_the_average_as_it_is() -> None:
+    module = nn.BatchNorm1d(3)
+    average = WeightAverage(module, 0.9)
+    before = {name: value.clone() for name, value in average.state().items()}
+    module.running_mean.fill_(torch.nan)
+    module.running_var.fill_(torch.inf)
+    average.update(0, torch.tensor(False))
+    assert all(torch.equal(value, before[name]) for name, value in average.state().items())
+
+
 def test_inside_the_module_holds_the_average_and_outside_its_weights_even_after_an_error() -> None:
     module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2).requires_grad_(False))
     average = WeightAverage(module, 0.9)
@@ -87,5 +97,5 @@ def test_inside_the_module_holds_the_average_and_outside_its_weights_even_after_
 
 def test_no_step_waits_for_the_device() -> None:
     # A tensor on the meta device has no value to wait for: reading one raises.
-    average = WeightAverage(nn.Linear(3, 2, device="meta"), 0.9)
+    average = WeightAverage(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to("meta"), 0.9)
     average.update(0, torch.ones((), dtype=torch.bool, device="meta"))

@@ -1,0 +1,57 @@
+"""A step that is skipped leaves BatchNorm's statistics as they were."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foreseen.data.batch import Batch
+from foreseen.engine.batch_statistics import KeptStatistics
+from foreseen.engine.checkpoint import Checkpoints
+from foreseen.engine.objective import Progress
+from tests.engine.test_train import MeanColour, configure, run
+
+
+class Normed(MeanColour):
+    """Normalises its pixels by the batch, which a poisoned step makes infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> Sequence[Any]:
+        if progress.step == self.poison_at:
+            micro_batches[-1].images["image"][0] = torch.inf
+        return super().prepare(micro_batches, progress)
+
+    def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
+        images = {"image": self.norm(batch.images["image"])}
+        return super().forward(batch.with_images(images), prepared, progress)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_a_skipped_step_changes_neither_statistics_nor_their_average(
+    small_shards: Path, tmp_path: Path, ema_decay: float | None
+) -> None:
+    config = configure(tmp_path, run__save_every=1, run__keep_last=8, optim__ema_decay=ema_decay)
+    run(small_shards, config, objective=Normed, poison_at=4)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 8)
+    before, after, later = (checkpoints.load(step) for step in (4, 5, 6))
+    assert int(before.model["norm.num_batches_tracked"]) == 8
+    for name, value in before.model.items():
+        assert torch.equal(value, after.model[name]), name
+    assert not torch.equal(later.model["norm.running_mean"], after.model["norm.running_mean"])
+    for name, value in (before.average or {}).items():
+        assert after.average is not None
+        assert torch.equal(value, after.average[name]), name
+    assert all(torch.isfinite(value).all() for value in (later.model | (later.average or {})).values())
+
+
+def test_no_step_waits_for_the_device() -> None:
+    # A tensor on the meta device has no value to wait for: reading one raises.
+    kept = KeptStatistics(nn.BatchNorm2d(3, device="meta"))
+    kept.keep()
+    kept.put_back(torch.ones((), dtype=torch.bool, device="meta"))
