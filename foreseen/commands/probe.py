@@ -59,6 +59,7 @@ def probe(
     from foreseen.engine.launch import choose_attention, start
     from foreseen.engine.verdict import verdict
     from foreseen.handoff.frozen import frozen_encoder
+    from foreseen.handoff.seen import count_seen, describe_seen
     from foreseen.models.features import default_features
 
     accelerator = start(Compute(precision=_PRECISION))
@@ -71,16 +72,32 @@ def probe(
     size = max(frozen.preprocessing.size)
     shards = open_data(named, split, accelerator, size=size)
     exam = _Exam(frozen, pooling, accelerator, shots=shots, linear=linear, seed=seed, workers=workers)
+    seen, note = None, None
     if shards.labels is None or not (shards.labels >= 0).any():
         found = exam.without_labels(shards)
     else:
-        found = exam.with_labels(shards, open_data(named, test_split, accelerator, size=size))
+        test = open_data(named, test_split, accelerator, size=size)
+        found = exam.with_labels(shards, test)
+        seen = count_seen(frozen.lineage, test)
+        note = describe_seen(seen, test)
     if accelerator.is_main_process:
         print("\n".join(_table(found, pooling, exam.unreadable)))
         print(verdict(found, {}))
+        if note is not None:
+            print(note)
         if out is not None:
             asked = {"encoder": encoder, "data": data, "split": split, "test_split": test_split, "features": pooling}
-            _write(out, asked | {"shots": shots, "seed": seed, "unreadable": exam.unreadable, **asdict(found)})
+            _write(
+                out,
+                asked
+                | {
+                    "shots": shots,
+                    "seed": seed,
+                    "unreadable": exam.unreadable,
+                    "test_pictures_seen": seen,
+                    **asdict(found),
+                },
+            )
     leave(False)
 
 

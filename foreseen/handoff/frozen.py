@@ -1,7 +1,9 @@
 """An encoder to look through, not to train: the very model of a folder, with its own norm and pooling."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import nn
@@ -12,10 +14,11 @@ from foreseen.handoff.encoder import PUBLIC, Preprocessing, load_encoder
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """A timm model without a classifier, in evaluation mode, and what it wants done to images."""
+    """A timm model without a classifier, in evaluation mode, what it wants done to images, and where it is from."""
 
     model: nn.Module
     preprocessing: Preprocessing
+    lineage: Mapping[str, Any]
 
 
 def frozen_encoder(source: str) -> FrozenEncoder:
@@ -33,4 +36,4 @@ def frozen_encoder(source: str) -> FrozenEncoder:
         model: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         raise BadInput(f"the encoder {source} cannot be loaded: {error}") from error
-    return FrozenEncoder(model.eval().requires_grad_(False), read.preprocessing)
+    return FrozenEncoder(model.eval().requires_grad_(False), read.preprocessing, read.lineage)

@@ -42,9 +42,11 @@ def test_labelled_shards_give_a_table_a_sentence_and_numbers(encoder: Path, smal
     for shown in ("37 pictures judged", "k-NN, k = 10", "k-NN, k = 20", "linear", "lr ", "centred", "α-ReQ"):
         assert shown in printed
     assert "k = 100" not in printed  # of a bank of 37
-    assert printed.splitlines()[-1].startswith("k-NN (k = 20) is right on")
+    assert printed.splitlines()[-2].startswith("k-NN (k = 20) is right on")
+    assert printed.splitlines()[-1].startswith("TRANSDUCTIVE: pretraining saw 37 of the 37 test pictures")
     result = json.loads(out.read_text(encoding="utf-8"))
     assert (result["features"], result["judged"], result["unreadable"], result["seed"]) == ("cls", 37, 0, 0)
+    assert result["test_pictures_seen"] == 37
     assert result["knn"]["10"]["top1"] > 0.5  # `test` holds the same pictures, told apart by colour
     _run(encoder, small_shards, "--out", tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == out.read_text()
