@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from foreseen.config import Config
     from foreseen.handoff.encoder import EncoderFolder
 
-LR_FACTORS = (0.25, 0.5, 1.0)
+LR_FACTORS = (0.25, 0.7, 2.0)  # of the recipe's lr: about three apart, as scratch may want more or less
 TRIPLE = 3
 FILE_NAME = "controls.json"
 
@@ -120,8 +120,6 @@ def make_plan(
     scratch_model = {"init_from": None}
     candidates = [arm("scratch-same", "scratch, same recipe", config, model=scratch_model)]
     for factor in LR_FACTORS:
-        if factor == 1.0 and config.optim.layer_decay is None:
-            continue  # the same recipe
         lr = config.optim.base_lr * factor
         own = {"base_lr": lr, "layer_decay": None}
         title = f"scratch, own recipe, lr {lr:.3g}"
