@@ -22,6 +22,7 @@ proof: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foreseen needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@echo "installing into $(VENV): some minutes, and several GB on Linux"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[fast,test]"

@@ -424,8 +424,7 @@ def _sentence(against: str, difference: Any) -> str:
     """Pretraining against one side, in words."""
     points = abs(difference.mean)
     if difference.low is None:
-        gain = f"{difference.mean:+.1f} points against {against}"
-        return f"One seed allows no verdict: {gain}."
+        return f"Against {against} the gain is {difference.mean:+.1f} points, on one seed, so without an interval."
     count = f"{len(difference.each)} seeds of labels and fine-tuning, one pretraining run"
     interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f} over {count}"
     if difference.low > 0:

@@ -51,7 +51,7 @@ def quickstart(
     page = write_page(out, pretraining, plan)
     print(f"\n{report}\n")
     print(f"The page of it, with pictures: {page}   ({time.monotonic() - began:.0f} s)")
-    print(f"Everything in TensorBoard: tensorboard --logdir {out}")
+    print(f"Everything in TensorBoard: tensorboard --logdir {out}   (with the environment's bin folder on the PATH)")
 
 
 def configs(out: Path, method: str, seed: int) -> "tuple[Config, Config]":
@@ -103,7 +103,11 @@ def _live(jobs: "Jobs", pretraining: "Config", plan: "Plan") -> str:
 
     method, shots = pretraining.method.name, plan.pretrained.config.data.shots
     print(f"2. Pretrain a tiny ViT on them without labels ({method}). Beside it, the same ViT learns from scratch")
-    print(f"   on {shots} labels a breed, by four recipes, of which validation chooses one.", flush=True)
+    print(f"   on {shots} labels a breed, by four recipes, of which validation chooses one: the same as the pretrained")
+    print(
+        "   side's (scratch-same), and its own, without layer decay, at three rates. About four minutes in all.",
+        flush=True,
+    )
     pretrained = jobs.submit("pretrain", pretraining)
     tell = _teller(pretraining)
     controls.make_runs(jobs, plan.tuning(), beside=[pretrained], look=tell)
@@ -111,7 +115,7 @@ def _live(jobs: "Jobs", pretraining: "Config", plan: "Plan") -> str:
     print(f"   Chosen: {chosen.title}. Now the other seeds of it, and one with three times the passes.")
     left = controls.submit(jobs, plan.remaining_scratch(chosen))
     list(jobs.wait([pretrained], look=tell))
-    print("3. Fine-tune the pretrained ViT on the same labels.", flush=True)
+    print("3. Fine-tune the pretrained ViT on the same labels, while the last runs of scratch end.", flush=True)
     controls.claim_folder(plan.pretrained.config)
     left |= controls.submit(jobs, plan.treated())
     controls.finish(jobs, left)

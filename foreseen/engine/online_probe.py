@@ -100,8 +100,9 @@ class OnlineProbe:
         share = self._spent_s / (time.perf_counter() - self._began)
         values = {f"{_PREFIX}{name}": value for name, value in found.values().items()}
         values |= {f"{_PREFIX}seconds": seconds, f"{_PREFIX}time_share": share}
+        spent = f", {share:.1%} of the time so far" if step else ""
         numbers = "  ".join(f"{_PREFIX}{name} {value:.3g}" for name, value in found.values().items())
-        return values, f"step {step}  {numbers}  ({seconds:.1f} s, {share:.1%} of the time so far)\n  {sentence}"
+        return values, f"step {step}  {numbers}  ({seconds:.1f} s{spent})\n  {sentence}"
 
     def _exam(self, extracted: Extracted) -> Exam | None:
         shards, options = self._builder.shards, self._options

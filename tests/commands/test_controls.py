@@ -102,7 +102,7 @@ def test_a_clear_gain_is_told_with_its_interval_and_goes_into_the_model_card(
     assert "Pretraining helped by 10.0 points against scratch, same recipe" in report
     assert "95 % interval +7.5 to +12.5 over 3 seeds of labels and fine-tuning, one pretraining run" in report
     assert "3× the passes" in report
-    assert "One seed allows no verdict" in report
+    assert "on one seed, so without an interval" in report
     card = (tmp_path / "encoder/README.md").read_text(encoding="utf-8")
     assert card.startswith("# a card")
     assert "120 labels to train on and 60 to choose by" in card
