@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 # Between them every command of a page: what no pattern covers fails the test.
-_ALLOWED = r"(pip install|tensorboard) .*"
+_ALLOWED = r"(pip install|tensorboard|source) .*"
 _RULES = {
     "run": r"(foreseen|(\w+=\S+ )*accelerate launch) .*",
     "make": r"make \w+",

@@ -259,7 +259,7 @@ def test_starting_weights_are_compared_only_while_they_are_the_same(recipe: Reci
     _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=encoder.parent, model__init_from=start))
     command = ["finetune", "cpu_minutes", *_small(recipe, model__init_from=encoder), "--controls", "--seeds", "1"]
     with_start = _foreseen(*command, f"run.dir={tmp_path / 'one'}")
-    assert f"against starting weights ({start})" in with_start
+    assert f"gainst starting weights ({start})" in with_start
     assert (tmp_path / "one/start/seed-0/result.json").is_file()
     _foreseen("pretrain", "mae_cpu_minutes", *_small(recipe, run__dir=tmp_path / "other", seed=5))
     shutil.copy(tmp_path / "other/encoder/model.safetensors", start / "model.safetensors")
