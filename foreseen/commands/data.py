@@ -16,14 +16,18 @@ MaxSide = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(help="Processes. Default: one a CPU.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a split that exists.")]
-Column = Annotated[str | None, typer.Option(help="Of a CSV or Hugging Face set. Default: the one with a usual name.")]
+Column = Annotated[str | None, typer.Option(help="Of a table or Hugging Face set. Default: the one with a usual name.")]
 
 
 @app.command()
 def pack(
     src: Annotated[
         str,
-        typer.Argument(help="Folder of pictures, CSV, or hf: and a name on the hub or a path.", show_default=False),
+        typer.Argument(
+            help="Folder of pictures; .csv, .tsv, .jsonl or .ndjson; .txt or .lst with a path on each line; hf: and a "
+            "name on the hub or a path; torchvision:NAME@DIR.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder of the set; other splits may be in it.", show_default=False)],
     split: Annotated[
@@ -36,17 +40,37 @@ def pack(
         str | None,
         typer.Option(
             help="none, or folder: the first folder below SRC, or below each of its splits, is the class. Default: "
-            "none for folders, the label column for a CSV or Hugging Face set."
+            "none for folders; of other sources the label column, or the set's own labels."
         ),
     ] = None,
     image_column: Column = None,
     label_column: Column = None,
     split_column: Column = None,
+    keep_columns: Annotated[
+        str, typer.Option(help="Further columns to keep in KEY.json: all, none, or names between commas.")
+    ] = "all",
+    split_fractions: Annotated[
+        str | None,
+        typer.Option(
+            help="Divide into splits by shares, such as train=0.8,validation=0.1,test=0.1, in every class alike, by a "
+            "hash of the names and the seed.",
+            show_default=False,
+        ),
+    ] = None,
     hf_config: Annotated[str | None, typer.Option(help="Configuration of a Hugging Face set on the hub.")] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Let torchvision fetch a set that is not in DIR.")
+    ] = False,
     max_side: MaxSide = None,
     quality: Annotated[int, typer.Option(help="JPEG or WEBP quality of shrunk pictures.")] = 90,
-    shard_samples: Annotated[int, typer.Option(help="Pictures in a shard.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    shard_samples: Annotated[
+        int | None, typer.Option(help="Pictures in a shard. Default: 1000, or no bound with --shard-size.")
+    ] = None,
+    shard_size: Annotated[
+        float | None,
+        typer.Option(help="Megabytes of a shard, by the sizes of the files: shards of shrunk pictures are smaller."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffle, and of --split-fractions.")] = 0,
     workers: Workers = None,
     licence: Annotated[str | None, typer.Option(help="Terms of the pictures, kept in the manifest.")] = None,
     strict: Annotated[
@@ -55,23 +79,24 @@ def pack(
     overwrite: Overwrite = False,
 ) -> None:
     """Pack pictures into the splits of a set. Killed, it goes on when the same command is given again."""
-    import os
-
     from foreseen.commands.progress import progress
+    from foreseen.data.extra_columns import parse_keep
     from foreseen.data.manifest import FILE_NAME, Manifest, read_manifest
-    from foreseen.data.open_source import SourceOptions, open_source
+    from foreseen.data.open_source import SourceOptions, is_folder, open_source
     from foreseen.data.pack import pack as pack_samples
+    from foreseen.data.split_fractions import divide, parse_fractions
     from foreseen.data.table import Columns
 
-    is_table = src.startswith("hf:") or os.path.isfile(src)
     columns = Columns(image=image_column, label=label_column, split=split_column)
-    options = SourceOptions(labels or ("auto" if is_table else "none"), columns, hf_config)
+    keep = parse_keep(keep_columns)
+    options = SourceOptions(labels or ("none" if is_folder(src) else "auto"), columns, hf_config, keep, download)
+    fractions = None if split_fractions is None else parse_fractions(split_fractions)
     source = open_source(src, options)
     joined = read_manifest(out) if (out / FILE_NAME).exists() else Manifest({})
     found = source.read(joined.classes)
     for note in found.notes:
         print(note)
-    chosen = found.choose(split)
+    chosen = found.choose(split) if fractions is None else divide(found, split, fractions, seed)
     for name, samples in chosen.items():
         with progress(f"packing {name}") as report:
             summary = pack_samples(
@@ -80,6 +105,7 @@ def pack(
                 name,
                 classes=found.classes,
                 shard_samples=shard_samples,
+                shard_mb=shard_size,
                 max_side=max_side,
                 quality=quality,
                 seed=seed,

@@ -1,4 +1,4 @@
-"""Sources packed behind the scenes: a folder, CSV or Hugging Face set that a recipe names becomes shards, once.
+"""Sources packed behind the scenes: the pictures that a recipe names become shards, once.
 
 The cache is XDG_CACHE_HOME/foreseen (or ~/.cache/foreseen). A packed source stands there under a name made from its
 path, its digest and the options, so a source that has changed is packed anew, and a run on the older one is left alone.
@@ -14,22 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import overload
 
 import numpy as np
-from numpy.typing import NDArray
 
-from foreseen.data.hugging_face import PREFIX
-from foreseen.data.open_source import SourceOptions, open_source
+from foreseen.data.open_source import SourceOptions, open_source, resolve
 from foreseen.data.pack import Progress, pack
-from foreseen.data.source import SourceSample, Splits
+from foreseen.data.source import Part, SourceSample, Splits
 from foreseen.data.subsets import cut_test
 from foreseen.errors import BadInput
 from foreseen.files import write_atomically
 
 VALIDATION_NAMES = ("validation", "val", "valid")
 
-_VERSION = 2  # of what packing a source gives
+_VERSION = 3  # of what packing a source gives
 _NOTES = "notes.json"
 _UNLABELLED = "test_unlabelled"
 
@@ -65,7 +62,7 @@ def packed(
     """The packed set of a source, from the cache or put there now.
 
     Args:
-        src: a folder of pictures, a CSV or `hf:…`.
+        src: a folder of pictures, a file that lists them, `hf:…` or `torchvision:…`.
         options: how it is read.
         test_fraction: share of each class that becomes the split `test` where the source names no test split and no
             validation split; 0 for none.
@@ -76,9 +73,7 @@ def packed(
         BadInput: the source cannot be read, has no readable pictures, or the cache cannot be written.
     """
     source = open_source(src, options)
-    local = Path(src.removeprefix(PREFIX)).expanduser()
-    place = str(local.resolve()) if local.exists() else src
-    facts = [_VERSION, type(source).__name__, place, source.digest(), asdict(options), test_fraction]
+    facts = [_VERSION, type(source).__name__, resolve(src), source.digest(), asdict(options), test_fraction]
     key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", source.name).strip("-.") or "source"
     folder = cache_folder() / f"packed-{slug[:64]}-{key}"
@@ -155,7 +150,7 @@ def choose_test(
     train, test = cut_test(labels, [os.path.normpath(sample.name) for sample in samples], fraction)
     if not len(test):
         return splits, None, [*notes, f"no class of {src} has two pictures, so no test split is cut from it"]
-    splits |= {origin: _Part(samples, train), "test": _Part(samples, test)}
+    splits |= {origin: Part(samples, train), "test": Part(samples, test)}
     notes += [
         f"{src} has no test split: {fraction:g} of each class, {len(test):,} pictures, are set aside as one and never "
         "trained on (data.test_fraction)"
@@ -168,25 +163,6 @@ def choose_test(
 
 def _has_labels(samples: Sequence[SourceSample]) -> bool:
     return any(sample.label is not None for sample in samples)
-
-
-class _Part(Sequence[SourceSample]):
-    """Some samples of a listing."""
-
-    def __init__(self, samples: Sequence[SourceSample], chosen: NDArray[np.int64]) -> None:
-        self._samples, self._chosen = samples, chosen
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    @overload
-    def __getitem__(self, index: int) -> SourceSample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SourceSample]: ...
-    def __getitem__(self, index: int | slice) -> SourceSample | Sequence[SourceSample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._samples[int(self._chosen[index])]
 
 
 @contextmanager

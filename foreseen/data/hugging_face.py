@@ -2,30 +2,30 @@
 
 The library `datasets` finds splits and features; pictures are never decoded by it, so their bytes are packed as they
 came. A local set is given to the reader of its own format, and a row that names a file is believed only below the set's
-own folder, or where `datasets` keeps what it downloads.
+own folder, or where `datasets` keeps what it downloads. `hugging_face_rows.py` has the rows.
 """
 
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foreseen.data.labels import number_labels
-from foreseen.data.source import Blob, FoundFile, Missing, SourceSample, Splits, digest_files, walk
-from foreseen.data.table import Columns
+from foreseen.data.extra_columns import Keep
+from foreseen.data.hugging_face_rows import ExtraColumns, Rows, find_extra, select_pictures
+from foreseen.data.labels import number_labels, renumber_labels
+from foreseen.data.source import FoundFile, Part, SourceSample, Splits, digest_files, walk
+from foreseen.data.table import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAME, Columns
 from foreseen.errors import BadInput
 
 PREFIX = "hf:"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # a bare name may be a reader of `datasets`, such as that of pickles
-_LABEL_NAMES = frozenset({"label", "labels", "class", "category", "breed", "species", "target"})
-_MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
-_MAGIC |= {b"II*\0": ".tif", b"MM\0*": ".tif"}
+_CONFIGS = re.compile(r"Config name is missing.*?(\[[^\]]*\])", re.DOTALL)
+_LABEL_NAMES = LABEL_NAMES | {"cls"}  # as webdataset calls it
+_MAX_CONFIGS_NAMED = 20
 
 
 class HuggingFaceSource:
@@ -33,13 +33,16 @@ class HuggingFaceSource:
 
     Args:
         place: a file or folder; what is neither is a name on the hub, which may download.
-        columns: which say what; `split` is not looked at, since the set has its own.
+        columns: which say what; `split` where it is asked for alone, since the set has splits of its own.
         config: the configuration of a hub set that has several.
         labels: "none" leaves labels out; anything else takes them where there is a column.
+        keep: further columns that go into KEY.json; None is all of them.
     """
 
-    def __init__(self, place: str, columns: Columns, config: str | None = None, labels: str = "auto") -> None:
-        self.place, self.columns, self.config, self.labels = place, columns, config, labels
+    def __init__(
+        self, place: str, columns: Columns, config: str | None = None, labels: str = "auto", keep: Keep = ()
+    ) -> None:
+        self.place, self.columns, self.config, self.labels, self.keep = place, columns, config, labels, keep
         self.path = Path(place).expanduser()
         self.is_local = os.path.exists(self.path)
         if not self.is_local and not _HUB_NAME.fullmatch(place):
@@ -76,12 +79,40 @@ class HuggingFaceSource:
             numbers, classes = _labels(labelled, label, f"column {label!r} of {PREFIX}{self.place}", classes)
             lacking = [name for name in sets if name not in labelled]
             notes = [f"split {name!r} of {PREFIX}{self.place} has no column {label!r}: no labels" for name in lacking]
-        roots = self._roots()
-        listings = {}
+        used = (image, label, self.columns.split)
+        extra, left_out = find_extra(sets, used, self.keep, f"{PREFIX}{self.place}")
+        if left_out:
+            notes.append(f"columns that hold bytes or pictures are not kept in KEY.json: {', '.join(left_out)}")
+        listings: dict[str, Sequence[SourceSample]] = {}
         for name, rows in sets.items():
             where = f"split {name!r} of {PREFIX}{self.place}"
-            listings[name] = _Rows(_pictures(rows, image, where), image, name, roots, numbers.get(name))
+            pictures = select_pictures(rows, image, where)
+            columns = ExtraColumns(rows, extra)
+            listings[name] = Rows(pictures, image, name, self._roots(), numbers.get(name), columns)
+        if self.columns.split is not None:
+            listings = self._split_by_column(sets, listings)
         return Splits(listings, True, classes if numbers else None, tuple(notes), first.info.license or None)
+
+    def _split_by_column(
+        self, sets: dict[str, Any], listings: dict[str, Sequence[SourceSample]]
+    ) -> dict[str, Sequence[SourceSample]]:
+        """The rows of the only split that there is, under the names in a column."""
+        where = f"{PREFIX}{self.place}"
+        if len(sets) > 1:
+            raise BadInput(
+                f"{where} has the splits {', '.join(sets)}, and --split-column (data.columns.split in a recipe) is for "
+                "a set with one: leave it out"
+            )
+        ((origin, rows),) = sets.items()
+        column = self.columns.find("split", rows.column_names, [], where)
+        feature = rows.features[column]
+        names = [_text(value, feature) or "" for value in rows.data.column(column).to_pylist()]
+        if (row := next((row for row, name in enumerate(names) if not SPLIT_NAME.fullmatch(name)), None)) is not None:
+            raise BadInput(
+                f"row {row} of {where} has the split {names[row]!r}: a split's name is of letters, digits, - and _"
+            )
+        members = np.array(names)
+        return {name: Part(listings[origin], np.flatnonzero(members == name)) for name in dict.fromkeys(names)}
 
     def _roots(self) -> tuple[str, ...]:
         """Folders below which a row may name a file; a relative name is sought in the first."""
@@ -113,8 +144,7 @@ class HuggingFaceSource:
         except BadInput:
             raise
         except Exception as error:  # a library's own and those of arrow, parquet and the network behind it
-            what = str(error).strip().splitlines() or [type(error).__name__]
-            raise BadInput(f"{PREFIX}{self.place} cannot be loaded: {what[0]}") from error
+            raise BadInput(f"{PREFIX}{self.place} {_why_not_loaded(error)}") from error
         sets = dict(found) if isinstance(found, dict) else {"train": found}
         return {str(name): rows for name, rows in sets.items() if len(rows)} or _refuse_empty(self.place)
 
@@ -127,6 +157,7 @@ class HuggingFaceSource:
             for name, feature in rows.features.items()
             if isinstance(feature, dict) and set(feature) == {"bytes", "path"}
         ]
+        usual = usual or [name for name, feature in rows.features.items() if _may_be_pictures(name, feature)]
         column = self.columns.find("image", rows.column_names, usual, PREFIX + self.place)
         if column is None:
             raise BadInput(
@@ -143,105 +174,6 @@ class HuggingFaceSource:
         return self.columns.find("label", rows.column_names, usual, PREFIX + self.place)
 
 
-@dataclass(frozen=True, slots=True)
-class RowBytes:
-    """The picture of one row; a set is sent to a worker as the names of its arrow files."""
-
-    rows: Any
-    row: int
-    size: int
-
-    def read(self) -> bytes:
-        """The bytes as they came into the set."""
-        data: bytes = next(iter(self.rows[self.row].values()))["bytes"]
-        return data
-
-
-class _Rows(Sequence[SourceSample]):
-    """The samples of one split, made when they are asked for."""
-
-    def __init__(
-        self, rows: Any, image: str, split: str, roots: tuple[str, ...], labels: NDArray[np.int32] | None
-    ) -> None:
-        self._rows, self._image, self._split, self._roots, self._labels = rows, image, split, roots, labels
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> SourceSample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SourceSample]: ...
-    def __getitem__(self, index: int | slice) -> SourceSample | Sequence[SourceSample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        number = -1 if self._labels is None else int(self._labels[index])
-        label = None if number < 0 else number
-        size, start, path = int(self._sizes[index]), self._starts[index], self._paths[index]
-        if size >= 0:
-            suffix = next((suffix for magic, suffix in _MAGIC.items() if start.startswith(magic)), ".jpg")
-            stem = os.path.splitext(os.path.basename(path))[0] if path else "row"
-            return SourceSample(f"{self._split}/{index:09d}-{stem}{suffix}", RowBytes(self._rows, index, size), label)
-        reason = f"row {index} of the split {self._split!r} has no picture"
-        if path:
-            if (file := _below(self._roots, path)) is None:
-                reason += f", and {path} lies outside the set"
-            elif os.path.isfile(file):
-                name = "/".join(Path(file).parts[-2:])
-                return SourceSample(f"{self._split}/{name}", Blob(file, os.path.getsize(file)), label)
-            else:
-                reason += f": no file {path}"
-        return SourceSample(f"{self._split}/{index:09d}", Missing(reason), label)
-
-    @cached_property
-    def _column(self) -> Any:
-        return self._rows.data.column(self._image)
-
-    @cached_property
-    def _sizes(self) -> NDArray[np.int64]:
-        """Bytes of each picture; -1 where the row holds but a path, or nothing."""
-        import pyarrow.compute as pc
-
-        lengths = pc.fill_null(pc.cast(pc.binary_length(pc.struct_field(self._column, "bytes")), "int64"), -1)
-        return np.asarray(lengths.to_numpy())
-
-    @cached_property
-    def _starts(self) -> list[bytes]:
-        import pyarrow.compute as pc
-
-        starts = pc.binary_slice(pc.struct_field(self._column, "bytes"), 0, 4)
-        return [start or b"" for start in starts.to_pylist()]
-
-    @cached_property
-    def _paths(self) -> list[str | None]:
-        import pyarrow.compute as pc
-
-        paths: list[str | None] = pc.struct_field(self._column, "path").to_pylist()
-        return paths
-
-
-def _pictures(rows: Any, column: str, where: str) -> Any:
-    """The column of pictures alone, as encoded bytes or paths."""
-    import datasets
-    import pyarrow as pa
-
-    if column not in rows.column_names:
-        raise BadInput(f"{where} has no column {column!r}, it has {', '.join(rows.column_names)}")
-    try:
-        return rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    except (pa.ArrowException, TypeError, ValueError):
-        raise BadInput(
-            f"column {column!r} of {where} holds no pictures: choose another by --image-column (data.columns.image in "
-            "a recipe)"
-        ) from None
-
-
-def _below(roots: Sequence[str], path: str) -> str | None:
-    """A path, without its `..`, if it lies below one of the folders; links in those are their owner's business."""
-    file = os.path.normpath(os.path.join(roots[0], path))
-    return file if any(file.startswith(os.path.join(root, "")) for root in roots) else None
-
-
 def _labels(
     sets: dict[str, Any], column: str, where: str, classes: tuple[str, ...] | None
 ) -> tuple[dict[str, NDArray[np.int32]], tuple[str, ...]]:
@@ -253,7 +185,7 @@ def _labels(
     if all(isinstance(feature, datasets.ClassLabel) for feature in features):
         known = classes or tuple(dict.fromkeys(name for feature in features for name in feature.names))
         numbers = [
-            _renumber(found, feature.names, known, where)
+            renumber_labels(found, feature.names, known, where)
             for found, feature in zip(values.values(), features, strict=True)
         ]
         return dict(zip(values, numbers, strict=True)), known
@@ -263,27 +195,30 @@ def _labels(
     return dict(zip(values, np.split(every, ends), strict=True)), classes
 
 
-def _renumber(
-    values: Sequence[int | None], names: Sequence[str], classes: tuple[str, ...], where: str
-) -> NDArray[np.int32]:
-    """Numbers that count the names of one split, as numbers of the classes of all."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    found = np.array([-1 if value is None or value < 0 else value for value in values], dtype=np.int64)
-    for value in np.unique(found[found >= 0]).tolist():
-        if value >= len(names):
-            raise BadInput(f"{where} holds the label {value}, and names but {len(names)} classes")
-        if names[value] not in numbers:
-            raise BadInput(f"{where} has a class {names[value]!r} that the set does not have: {', '.join(classes)}")
-    table = np.array([*(numbers.get(name, -1) for name in names), -1], dtype=np.int32)
-    return table[found]
-
-
 def _text(value: Any, feature: Any) -> str | None:
     import datasets
 
     if isinstance(feature, datasets.ClassLabel):
         return None if value is None or value < 0 else str(feature.int2str(value))
     return None if value is None else str(value)
+
+
+def _may_be_pictures(name: str, feature: Any) -> bool:
+    """Whether a column without a type of its own has a picture's name, and bytes or paths."""
+    return name.lower() in IMAGE_NAMES and getattr(feature, "dtype", None) in (
+        "binary", "large_binary", "string", "large_string"
+    )  # fmt: skip
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """What a library says of a set that it cannot load, in a sentence."""
+    if found := _CONFIGS.search(str(error)):
+        names = re.findall(r"'([^']*)'", found[1])
+        more = ", …" if len(names) > _MAX_CONFIGS_NAMED else ""
+        listed = ", ".join(names[:_MAX_CONFIGS_NAMED]) + more
+        return f"has the configurations {listed}: choose by --hf-config (data.hf_config in a recipe)"
+    what = str(error).strip().splitlines() or [type(error).__name__]
+    return f"cannot be loaded: {what[0]}"
 
 
 def _kind(path: Path) -> str:

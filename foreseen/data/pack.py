@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,9 +19,11 @@ from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foreseen.data.manifest import Split
 from foreseen.data.publish import Plan, begin, is_finished, lock_folder, publish, read_manifest_or_none_yet
+from foreseen.data.shards import TAR_BLOCK
 from foreseen.data.source import IMAGE_SUFFIXES, Missing, SourceSample
 from foreseen.data.write_shard import ShardJob, ShardResult, write_shard
 from foreseen.errors import BadInput
@@ -29,6 +32,8 @@ from foreseen.keys import sample_keys, subkeys
 
 Progress = Callable[[int, int], None]
 
+_SHARD_SAMPLES, _MAX_SHARD_SAMPLES = 1000, 1_000_000
+_FACTS_BYTES = 64  # of KEY.json: the names and numbers that every picture has
 _LOSSLESS_SUFFIXES = frozenset({".png", ".bmp", ".gif", ".tif", ".tiff"})
 _JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 
@@ -66,7 +71,8 @@ def pack(
     split: str,
     *,
     classes: Sequence[str] | None = None,
-    shard_samples: int = 1000,
+    shard_samples: int | None = None,
+    shard_mb: float | None = None,
     max_side: int | None = None,
     quality: int = 90,
     seed: int = 0,
@@ -89,7 +95,10 @@ def pack(
         out: the set's folder. Other splits may be in it already.
         split: name of the split.
         classes: names of the labels' classes.
-        shard_samples: samples in a shard.
+        shard_samples: samples in a shard; None is 1000, or no bound where there is one in megabytes.
+        shard_mb: megabytes (10⁶ bytes) of a shard, by the sizes of the source files, which are known before they are
+            read: shards of pictures that are shrunk come out smaller, of converted ones smaller or larger. A picture
+            that is larger has a shard of its own.
         max_side: longest side in pixels; larger pictures are shrunk (Lanczos) and encoded anew. None keeps them.
         quality: JPEG or WEBP quality of shrunk pictures.
         seed: of the shuffle.
@@ -107,7 +116,9 @@ def pack(
     """
     out, classes = Path(out), None if classes is None else tuple(classes)
     workers = count_cpus() if workers is None else workers
-    _check_options(split, shard_samples, max_side, quality, workers)
+    _check_options(split, shard_samples, shard_mb, max_side, quality, workers)
+    if shard_samples is None:
+        shard_samples = _SHARD_SAMPLES if shard_mb is None else _MAX_SHARD_SAMPLES
     if len(samples) == 0:
         raise BadInput(f"there are no pictures to pack into the split {split!r} of {out}")
     plan = Plan(
@@ -118,6 +129,7 @@ def pack(
         max_side=max_side,
         quality=quality,
         shard_samples=shard_samples,
+        shard_bytes=None if shard_mb is None else round(shard_mb * 1e6),
         seed=seed,
         source=source,
         licence=licence,
@@ -132,10 +144,11 @@ def pack(
         if classes is not None and manifest.classes not in (None, classes):
             raise BadInput(f"{out} has a split with other classes: give another folder, or the same classes")
         work = begin(out, plan, manifest)
-        shards = [work / f"{split}-{shard:06d}.tar" for shard in range(-(-len(samples) // shard_samples))]
+        order, starts = _cut_shards(samples, plan)
+        shards = [work / f"{split}-{shard:06d}.tar" for shard in range(len(starts) - 1)]
         kept = [shard for shard in shards if is_finished(shard)]
         try:
-            results = _write_shards(samples, plan, shards, set(kept), workers, progress)
+            results = _write_shards(samples, plan, order, starts, shards, set(kept), workers, progress)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -178,11 +191,14 @@ def _summarise(
     )
 
 
-def _check_options(split: str, shard_samples: int, max_side: int | None, quality: int, workers: int) -> None:
+def _check_options(
+    split: str, shard_samples: int | None, shard_mb: float | None, max_side: int | None, quality: int, workers: int
+) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", split):
         raise BadInput(f"--split is {split!r}, it must be of letters, digits, - and _")
     for option, value, low, high in (
-        ("--shard-samples", shard_samples, 1, 1_000_000),
+        ("--shard-samples", shard_samples, 1, _MAX_SHARD_SAMPLES),
+        ("--shard-size", shard_mb, 0.1, 1_000_000),
         ("--max-side", max_side, 1, 65_500),
         ("--quality", quality, 1, 100),
         ("--workers", workers, 1, 1024),
@@ -219,30 +235,53 @@ def _digest_listing(samples: Sequence[SourceSample], classes: tuple[str, ...] | 
     return digest.hexdigest()
 
 
+def _cut_shards(samples: Sequence[SourceSample], plan: Plan) -> tuple[NDArray[np.int64], list[int]]:
+    """The shuffled order of the samples, [N], and where in it each shard begins, with the end as the last."""
+    keys = subkeys(sample_keys(plan.seed, np.arange(len(samples))), "pack")
+    order = np.argsort(keys, kind="stable")
+    if plan.shard_bytes is None:
+        return order, [*range(0, len(samples), plan.shard_samples), len(samples)]
+    sizes = np.fromiter((_size_in_tar(sample) for sample in samples), dtype=np.int64, count=len(samples))[order]
+    ends, full_at = np.cumsum(sizes), max(1, plan.shard_bytes - tarfile.RECORDSIZE)  # a tar is filled up to that
+    starts = [0]
+    while starts[-1] < len(samples):
+        first = starts[-1]
+        full = int(np.searchsorted(ends, ends[first] - sizes[first] + full_at, side="right"))
+        starts.append(min(max(full, first + 1), first + plan.shard_samples))
+    return order, starts
+
+
+def _size_in_tar(sample: SourceSample) -> int:
+    """Bytes that a sample will take, if its picture is stored as it is."""
+    facts = len(json.dumps([sample.name, dict(sample.meta), dict(sample.boxes)])) + _FACTS_BYTES
+    sizes = [sample.image.size, facts, *(mask.size for mask in sample.masks.values())]
+    return sum(TAR_BLOCK - (-size // TAR_BLOCK) * TAR_BLOCK for size in sizes)
+
+
 def _write_shards(
     samples: Sequence[SourceSample],
     plan: Plan,
+    order: NDArray[np.int64],
+    starts: Sequence[int],
     shards: list[Path],
     kept: set[Path],
     workers: int,
     progress: Progress | None,
 ) -> list[ShardResult]:
     """Write those shards that are not yet there; the results of all, in order."""
-    keys = subkeys(sample_keys(plan.seed, np.arange(len(samples))), "pack")
-    order = np.argsort(keys, kind="stable")
 
     def make_job(shard: int) -> ShardJob:
-        first = shard * plan.shard_samples
-        chosen = [samples[int(number)] for number in order[first : first + plan.shard_samples]]
-        return ShardJob(shards[shard], first, chosen, plan.image, plan.max_side, plan.quality)
+        chosen = [samples[int(number)] for number in order[starts[shard] : starts[shard + 1]]]
+        return ShardJob(shards[shard], starts[shard], chosen, plan.image, plan.max_side, plan.quality)
 
     results = {shard: ShardResult.read(file) for shard, file in enumerate(shards) if file in kept}
+    numbers = {file: shard for shard, file in enumerate(shards)}
     done = sum(len(result.rows) + len(result.unreadable) for result in results.values())
     if progress:
         progress(done, len(samples))
     jobs = (make_job(shard) for shard in range(len(shards)) if shard not in results)
     for job, result in _map_jobs(jobs, min(workers, len(shards) - len(results))):
-        results[job.first_key // plan.shard_samples] = result
+        results[numbers[job.file]] = result
         done += len(job.samples)
         if progress:
             progress(done, len(samples))

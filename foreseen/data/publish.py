@@ -42,6 +42,7 @@ class Plan:
 
     Attributes:
         listing: digest of the samples' names, sizes and facts, and of the class names.
+        shard_samples, shard_bytes: at how many samples, and how many bytes to be expected, a shard is full.
     """
 
     split: str
@@ -51,6 +52,7 @@ class Plan:
     max_side: int | None
     quality: int
     shard_samples: int
+    shard_bytes: int | None
     seed: int
     source: str | None
     licence: str | None

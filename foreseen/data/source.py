@@ -1,7 +1,7 @@
 """What `pack` takes: samples that say where their bytes lie, and a folder of pictures listed as such.
 
-The kinds of sources stand beside this file: `folder.py`, `table.py` (CSV) and `hugging_face.py`; `open_source.py` tells
-them apart. Each answers with `Splits`.
+The kinds of sources stand beside this file: `folder.py`, `table.py` (CSV, JSON lines, lists), `hugging_face.py` and
+`torchvision_set.py`; `open_source.py` tells them apart. Each answers with `Splits`.
 """
 
 import errno
@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import stat
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foreseen.data.shards import CorruptSample
 from foreseen.errors import BadInput
@@ -84,6 +86,37 @@ class SourceSample:
     masks: Mapping[str, Blob] = field(default_factory=dict)
 
 
+class Listing(Sequence[SourceSample]):
+    """Samples that are made when they are asked for."""
+
+    @abstractmethod
+    def sample(self, index: int) -> SourceSample:
+        """The sample of a number from 0 on; raises IndexError past the end."""
+
+    @overload
+    def __getitem__(self, index: int) -> SourceSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SourceSample]: ...
+    def __getitem__(self, index: int | slice) -> SourceSample | Sequence[SourceSample]:
+        if isinstance(index, slice):
+            return [self.sample(number) for number in range(*index.indices(len(self)))]
+        return self.sample(index)
+
+
+class Part(Listing):
+    """Some samples of another listing, by their numbers in it, [N]."""
+
+    def __init__(self, samples: Sequence[SourceSample], chosen: NDArray[np.int64]) -> None:
+        self._samples, self._chosen = samples, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def sample(self, index: int) -> SourceSample:
+        """The sample at a place among those chosen."""
+        return self._samples[int(self._chosen[index])]
+
+
 @dataclass(frozen=True)
 class Splits:
     """What a source holds, ready to be packed.
@@ -131,7 +164,7 @@ class Source(Protocol):
         """List it, with the class names of the set that it joins, if any; raises BadInput where that cannot be done."""
 
 
-class FolderListing(Sequence[SourceSample]):
+class FolderListing(Listing):
     """The pictures below a folder, sorted by name.
 
     Attributes:
@@ -175,13 +208,8 @@ class FolderListing(Sequence[SourceSample]):
     def __len__(self) -> int:
         return len(self._names)
 
-    @overload
-    def __getitem__(self, index: int) -> SourceSample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SourceSample]: ...
-    def __getitem__(self, index: int | slice) -> SourceSample | Sequence[SourceSample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def sample(self, index: int) -> SourceSample:
+        """The picture at a place in the order of names."""
         name = self._names[index]
         label = None if self.classes is None else self._numbers[_class_of(name, self.root)]
         return SourceSample(name, Blob(str(self.root / name), int(self._sizes[index])), label)

@@ -1,17 +1,18 @@
 """Which labelled samples are set aside: a test split cut from a source that has none, validation, and k-shot subsets.
+And which split each sample of a source becomes part of, by shares.
 
 Each class is put in a keyed order; the first of it are set aside, the next ones are for training. So the validation
 split does not depend on k, and the k-shot subset of a seed contains those of all smaller k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foreseen.errors import BadInput
-from foreseen.keys import Keys, name_keys, sample_keys, subkeys
+from foreseen.keys import Keys, name_keys, sample_keys, subkeys, uniform
 
 Samples = NDArray[np.int64]
 
@@ -78,6 +79,48 @@ def cut_test(labels: NDArray[np.integer], names: Sequence[str], fraction: float)
     _, test = by_class.split(_share(by_class.counts, fraction), None)
     is_test = np.isin(keys, keys[test])
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+
+
+def cut_fractions(
+    labels: NDArray[np.integer],
+    names: Sequence[str],
+    fractions: Mapping[str, float],
+    classes: Sequence[str] | None,
+    seed: int,
+) -> dict[str, Samples]:
+    """Divide samples into splits, the unlabelled ones as one more class.
+
+    Of a class of n pictures a split of share f gets n·f, rounded up or down by a hash of the class's name, so that
+    small classes together come out right; the largest split gets the rest, one at least. Samples of one name are one
+    picture, as in `cut_test`.
+
+    Args:
+        labels: class of each sample, [N]; -1 where it has none.
+        names: of the samples' pictures, [N].
+        fractions: share of each split, which sum to 1.
+        classes: names of the classes.
+        seed: another seed divides otherwise.
+
+    Returns:
+        The samples of each split, rising.
+    """
+    keys = subkeys(name_keys(names), f"split fractions of seed {seed}")
+    unique, first, picture = np.unique(keys, return_index=True, return_inverse=True)
+    by_class = _in_classes(labels[first], np.arange(len(unique)), unique)
+    class_names = ["" if number < 0 else classes[number] if classes else str(number) for number in by_class.classes]
+    rounding = uniform(subkeys(name_keys(class_names), f"split fractions of seed {seed}"), "rounding", len(fractions))
+    shares = list(fractions.values())
+    largest = int(np.argmax(shares))
+    counts = np.zeros((len(class_names), len(shares)), dtype=np.int64)
+    left = by_class.counts - 1
+    for split, share in enumerate(shares):
+        if split != largest:
+            counts[:, split] = np.minimum(left, np.floor(by_class.counts * share + rounding[:, split]))
+            left = left - counts[:, split]
+    counts[:, largest] = left + 1
+    split_of = np.empty(len(unique), dtype=np.int64)
+    split_of[by_class.order] = np.repeat(np.tile(np.arange(len(shares)), len(class_names)), counts.ravel())
+    return {name: np.flatnonzero(split_of[picture] == split) for split, name in enumerate(fractions)}
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,32 @@
-"""A CSV as a source: a row is a picture, with columns for its path, its label and its split."""
+"""A file that lists pictures as a source: CSV, JSON lines or a list; columns for the path, the label and the split."""
 
-import csv
+import json
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foreseen.data.extra_columns import Keep, choose_extra, type_texts, type_values
 from foreseen.data.labels import number_labels
-from foreseen.data.source import Blob, FoundFile, Missing, SourceSample, Splits, digest_files
+from foreseen.data.source import Blob, FoundFile, Listing, Missing, SourceSample, Splits, digest_files
+from foreseen.data.table_files import Table, read_table
 from foreseen.errors import BadInput
 
-TABLE_SUFFIXES = frozenset({".csv", ".tsv"})
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-
-_IMAGE_NAMES = frozenset(
+IMAGE_NAMES = frozenset(
     {"path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "img_path"}
 )
-_LABEL_NAMES = frozenset({"label", "labels", "class", "class_name", "category", "breed", "species", "target"})
+LABEL_NAMES = frozenset({"label", "labels", "class", "class_name", "category", "breed", "species", "target"})
+
 _SPLIT_NAMES = frozenset({"split", "subset", "partition"})
+_USUAL = {"image": IMAGE_NAMES, "label": LABEL_NAMES, "split": _SPLIT_NAMES}
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,17 @@ class Columns:
 
 
 class TableSource:
-    """The pictures that a CSV lists, with a head row; separated by commas, semicolons or tabs, in UTF-8.
+    """The pictures that a CSV, a file of JSON lines or a list of paths names (see `table_files.py`).
 
     Args:
         file: the table. Paths in it are absolute or relative to its folder.
         columns: which say what.
         labels: "none" leaves labels out; anything else takes them where there is a column.
+        keep: further columns that go into KEY.json; None is all of them.
     """
 
-    def __init__(self, file: Path, columns: Columns, labels: str = "auto") -> None:
-        self.file, self.columns, self.labels = file, columns, labels
+    def __init__(self, file: Path, columns: Columns, labels: str = "auto", keep: Keep = ()) -> None:
+        self.file, self.columns, self.labels, self.keep = file, columns, labels, keep
 
     @property
     def name(self) -> str:
@@ -82,7 +86,7 @@ class TableSource:
 
     def digest(self) -> str:
         """Of the table's size and time, and of those of every picture that is there."""
-        return digest_files([FoundFile.look(self.file), *self._pictures])
+        return digest_files([FoundFile.look(self.file), *(file for file in self._pictures if file is not None)])
 
     def read(self, classes: tuple[str, ...] | None = None) -> Splits:
         """List the rows.
@@ -93,79 +97,97 @@ class TableSource:
         Raises:
             BadInput: a column is missing or ambiguous, there are no rows, or labels or splits make no sense.
         """
-        head, paths = self._table[0], self._paths
-        where = str(self.file)
-        splits = self._values("split", _SPLIT_NAMES)
-        labels = None if self.labels == "none" else self._values("label", _LABEL_NAMES)
         numbers = None
-        if labels is not None:
-            column = self.columns.find("label", head, _usual(head, _LABEL_NAMES), where)
-            numbers, classes = number_labels(labels, f"column {column!r} of {where}", classes)
+        if (labels := self._texts("label")) is not None:
+            where = f"column {self._columns['label']!r} of {self.file}"
+            numbers, classes = number_labels(labels, where, classes, self._place)
         members: dict[str, list[int]] = {}
-        for row, split in enumerate(splits or ["train"] * len(paths)):
+        splits = self._texts("split")
+        for row, split in enumerate(splits or ["train"] * len(self._paths)):
             if not SPLIT_NAME.fullmatch(split):
                 raise BadInput(
-                    f"row {row + 2} of {where} has the split {split!r}: a split's name is of letters, digits, - and _"
+                    f"{self._place(row)} of {self.file} has the split {split!r}: a split's name is of letters, digits, "
+                    "- and _"
                 )
             members.setdefault(split, []).append(row)
+        if all(found is not None and found.size < 0 for found in self._pictures):
+            raise BadInput(f"{self.file} lists folders, such as {self._paths[0]}: give the folder itself as the source")
         listings = {split: _Rows(self, np.array(chosen), numbers) for split, chosen in members.items()}
         return Splits(listings, splits is not None, None if numbers is None else classes)
 
     def sample(self, row: int, label: int | None) -> SourceSample:
         """The picture of a row, or what says that it is not there."""
         name, found = self._paths[row], self._pictures[row]
-        if found.size < 0:
-            reason = f"row {row + 2} of {self.file.name} names no file" + (f" that is there: {name}" if name else "")
-            return SourceSample(name or f"row {row + 2}", Missing(reason), label)
-        return SourceSample(name, Blob(str(self.file.parent / name), found.size), label)
+        meta = {name: cells[row] for name, cells in self._extra.items()}
+        if found is not None and found.size >= 0:
+            return SourceSample(name, Blob(str(self.file.parent / name), found.size), label, meta)
+        place = self._place(row)
+        reason = f"{place} of {self.file.name} names no file"
+        if found is not None:
+            reason = f"{place} of {self.file.name} names a folder: {name}"
+        elif name:
+            reason += f" that is there: {name}"
+        return SourceSample(name or place, Missing(reason), label, meta)
 
     @cached_property
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        try:
-            with open(self.file, encoding="utf-8-sig", newline="") as text:
-                first = text.readline()
-                text.seek(0)
-                separator = max(",;\t", key=first.count)
-                rows = [row for row in csv.reader(text, delimiter=separator, strict=True) if any(row)]
-        except UnicodeDecodeError:
-            raise BadInput(f"{self.file} is not UTF-8 text: save it as CSV in UTF-8") from None
-        except (csv.Error, OSError) as error:
-            raise BadInput(f"{self.file} cannot be read as CSV: {error}") from None
-        head = [name.strip() for name in rows[0]] if rows else []
-        if len(rows) < 2:
-            raise BadInput(f"{self.file} has no rows below its head: it needs one for each picture")
-        if twice := [name for name in head if head.count(name) > 1]:
-            raise BadInput(f"{self.file} has two columns {twice[0]!r}: rename one of them")
-        for row, cells in enumerate(rows[1:]):
-            if len(cells) > len(head):
-                raise BadInput(f"row {row + 2} of {self.file} has {len(cells)} cells and its head {len(head)}")
-        return head, rows[1:]
+    def _table(self) -> Table:
+        return read_table(self.file)
 
-    def _values(self, role: str, usual: frozenset[str]) -> list[str] | None:
-        head, rows = self._table
-        column = self.columns.find(role, head, _usual(head, usual), str(self.file))
-        if column is None:
+    def _place(self, row: int) -> str:
+        return f"{self._table.unit} {self._table.rows[row]}"
+
+    @cached_property
+    def _columns(self) -> dict[str, str | None]:
+        """The column of each role, if there is one; labels that are left out have none."""
+        head = list(self._table.columns)
+        found = {
+            role: self.columns.find(role, head, _usual(head, usual), str(self.file)) for role, usual in _USUAL.items()
+            if role != "label" or self.labels != "none"
+        }  # fmt: skip
+        return {"label": None, **found}
+
+    @cached_property
+    def _extra(self) -> dict[str, list[Any]]:
+        """Typed cells of the further columns by their names in KEY.json."""
+        table = self._table
+        chosen = choose_extra(list(table.columns), self._columns.values(), self.keep, str(self.file))
+        type_cells = type_values if table.is_typed else type_texts
+        return {name: type_cells(table.columns[column]) for column, name in chosen.items()}
+
+    def _texts(self, role: str) -> list[str] | None:
+        """The cells of a role as text, empty where there is nothing; None without a column for it."""
+        if (column := self._columns[role]) is None:
             return None
-        at = head.index(column)
-        return [cells[at].strip() if at < len(cells) else "" for cells in rows]
+        return [self._text(value, row, role) for row, value in enumerate(self._table.columns[column])]
+
+    def _text(self, value: Any, row: int, role: str) -> str:
+        if value is None or isinstance(value, str):
+            return (value or "").strip()
+        if isinstance(value, list | dict) or role == "image":
+            what = "a path" if role == "image" else "text or a number"
+            raise BadInput(
+                f"{self._place(row)} of {self.file} has the {role} {json.dumps(value)[:80]}, it must be {what}: change "
+                f"it, or choose another column by --{role}-column"
+            )
+        return json.dumps(value)
 
     @cached_property
     def _paths(self) -> list[str]:
-        if (paths := self._values("image", _IMAGE_NAMES)) is None:
+        if (paths := self._texts("image")) is None:
             raise BadInput(
-                f"{self.file} has no column of the pictures' paths, it has {', '.join(self._table[0])}: choose by "
+                f"{self.file} has no column of the pictures' paths, it has {', '.join(self._table.columns)}: choose by "
                 "--image-column (data.columns.image in a recipe)"
             )
         return paths
 
     @cached_property
-    def _pictures(self) -> list[FoundFile]:
-        """The file of each row; of size -1 where there is none."""
+    def _pictures(self) -> list[FoundFile | None]:
+        """The file of each row; of size -1 where it is a folder, None where there is nothing."""
         return [_look(self.file.parent, path) for path in self._paths]
 
 
-class _Rows(Sequence[SourceSample]):
-    """The samples of some rows, made when they are asked for."""
+class _Rows(Listing):
+    """The samples of some rows."""
 
     def __init__(self, table: TableSource, rows: NDArray[np.int64], labels: NDArray[np.int32] | None) -> None:
         self._table, self._rows, self._labels = table, rows, labels
@@ -173,13 +195,8 @@ class _Rows(Sequence[SourceSample]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> SourceSample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SourceSample]: ...
-    def __getitem__(self, index: int | slice) -> SourceSample | Sequence[SourceSample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def sample(self, index: int) -> SourceSample:
+        """The picture of one of the rows."""
         row = int(self._rows[index])
         label = -1 if self._labels is None else int(self._labels[row])
         return self._table.sample(row, None if label < 0 else label)
@@ -189,11 +206,14 @@ def _usual(head: Sequence[str], usual: frozenset[str]) -> list[str]:
     return [name for name in head if name.lower().replace(" ", "_") in usual]
 
 
-def _look(folder: Path, path: str) -> FoundFile:
+def _look(folder: Path, path: str) -> FoundFile | None:
     try:
-        if path and "\0" not in path and os.path.isfile(file := folder / path):
-            found = os.stat(file)
-            return FoundFile(path, found.st_size, found.st_mtime_ns)
-    except OSError:  # a name that no file can have, or a folder that may not be read
+        if path and "\0" not in path:
+            found = os.stat(folder / path)
+            if stat.S_ISREG(found.st_mode):
+                return FoundFile(path, found.st_size, found.st_mtime_ns)
+            if stat.S_ISDIR(found.st_mode):
+                return FoundFile(path, -1, 0)
+    except (OSError, ValueError):  # nothing there, a name that no file can have, or a folder that may not be read
         pass
-    return FoundFile(path, -1, 0)
+    return None

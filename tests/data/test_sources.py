@@ -112,7 +112,7 @@ def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nowhere does not exist"):
         read(tmp_path / "nowhere")
     with pytest.raises(BadInput, match=r"is a file of no kind that is read: give a folder of pictures, a \.csv"):
-        read(tmp_path / "notes.txt")
+        read((tmp_path / "notes.txt").rename(tmp_path / "notes.doc"))
 
 
 def test_a_folder_of_shards_is_told_from_a_folder_of_pictures(small_shards: Path, picture_folder: Path) -> None:
@@ -183,7 +183,7 @@ def test_rows_without_a_file_are_packed_as_unreadable_and_named_by_row(picture_f
     assert dict(summary.unreadable) == {
         "gone.jpg": "row 3 of list.csv names no file that is there: gone.jpg",
         "row 4": "row 4 of list.csv names no file",
-        str(tmp_path): f"row 5 of list.csv names no file that is there: {tmp_path}",
+        str(tmp_path): f"row 5 of list.csv names a folder: {tmp_path}",
     }
     assert "row 3 of list.csv" in (tmp_path / "set" / "train.unreadable.txt").read_text()
 
