@@ -11,8 +11,8 @@ from foreseen.errors import BadInput
 
 RESERVED = ("path", "width", "height", "label")  # what `pack` says of every picture
 
-_WHOLE = re.compile(r"-?(0|[1-9]\d{0,18})")  # 007 is a name
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d{1,3})?")
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,18})")  # 007 is a name
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?")
 _INT64 = range(-(1 << 63), 1 << 63)
 
 Keep = tuple[str, ...] | None

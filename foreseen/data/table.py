@@ -4,7 +4,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,13 +112,13 @@ class TableSource:
             members.setdefault(split, []).append(row)
         if all(found is not None and found.size < 0 for found in self._pictures):
             raise BadInput(f"{self.file} lists folders, such as {self._paths[0]}: give the folder itself as the source")
-        listings = {split: _Rows(self, np.array(chosen), numbers) for split, chosen in members.items()}
+        extra = self._extra()
+        listings = {split: _Rows(self, np.array(chosen), numbers, extra) for split, chosen in members.items()}
         return Splits(listings, splits is not None, None if numbers is None else classes)
 
-    def sample(self, row: int, label: int | None) -> SourceSample:
+    def sample(self, row: int, label: int | None, meta: Mapping[str, Any]) -> SourceSample:
         """The picture of a row, or what says that it is not there."""
         name, found = self._paths[row], self._pictures[row]
-        meta = {name: cells[row] for name, cells in self._extra.items()}
         if found is not None and found.size >= 0:
             return SourceSample(name, Blob(str(self.file.parent / name), found.size), label, meta)
         place = self._place(row)
@@ -146,7 +146,6 @@ class TableSource:
         }  # fmt: skip
         return {"label": None, **found}
 
-    @cached_property
     def _extra(self) -> dict[str, list[Any]]:
         """Typed cells of the further columns by their names in KEY.json."""
         table = self._table
@@ -187,10 +186,16 @@ class TableSource:
 
 
 class _Rows(Listing):
-    """The samples of some rows."""
+    """The samples of some rows, with the cells of all rows in further columns."""
 
-    def __init__(self, table: TableSource, rows: NDArray[np.int64], labels: NDArray[np.int32] | None) -> None:
-        self._table, self._rows, self._labels = table, rows, labels
+    def __init__(
+        self,
+        table: TableSource,
+        rows: NDArray[np.int64],
+        labels: NDArray[np.int32] | None,
+        extra: Mapping[str, Sequence[Any]],
+    ) -> None:
+        self._table, self._rows, self._labels, self._extra = table, rows, labels, extra
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -199,7 +204,8 @@ class _Rows(Listing):
         """The picture of one of the rows."""
         row = int(self._rows[index])
         label = -1 if self._labels is None else int(self._labels[row])
-        return self._table.sample(row, None if label < 0 else label)
+        meta = {name: cells[row] for name, cells in self._extra.items()}
+        return self._table.sample(row, None if label < 0 else label, meta)
 
 
 def _usual(head: Sequence[str], usual: frozenset[str]) -> list[str]:

@@ -118,7 +118,7 @@ class TorchvisionSource:
             except BadInput:
                 raise
             except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
-                reasons[split] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reasons[split] = str(error).partition(". You can use")[0] or type(error).__name__
         if not found:
             hint = "give --download to `foreseen data pack`, or another folder"
             if not SETS[self.set_name].can_download:
@@ -158,9 +158,10 @@ class TorchvisionSource:
             every, classes = number_labels(texts, self.name, classes)
             ends = np.cumsum([len(part.labels) for part in labelled.values()])[:-1]
             return dict(zip(labelled, np.split(every, ends), strict=True)), classes
-        known = classes or names
+        known = classes or tuple(dict.fromkeys(name for part in labelled.values() for name in part.classes or ()))
         return {
-            split: renumber_labels(part.labels.tolist(), names, known, self.name) for split, part in labelled.items()
+            split: renumber_labels(part.labels.tolist(), part.classes or names, known, self.name)
+            for split, part in labelled.items()
         }, known
 
 
@@ -188,19 +189,11 @@ class _Contents:
     @classmethod
     def of(cls, found: Any) -> "_Contents":
         """Look at an open set, by the attributes that its class uses."""
-        pairs = _first(found, "samples", "_samples", "imgs")
-        if pairs is not None:
-            files, labels = [str(file) for file, _ in pairs], [label for _, label in pairs]
-        elif (paths := _first(found, "_image_files", "_images")) is not None:
-            files, labels = [str(file) for file in paths], list(found._labels)
-        elif isinstance(found.data, list):  # LFWPeople
-            files, labels = [str(file) for file in found.data], found.targets
-        else:
-            files, labels = None, _first(found, "targets", "labels")
+        files, labels = _files_and_labels(found)
         count = len(found.data) if files is None else len(files)
-        if labels is None:
-            labels = [-1] * count
-        numbers = np.array([-1 if label is None else int(label) for label in labels], dtype=np.int64)
+        numbers = np.full(count, -1)
+        if labels is not None:
+            numbers = np.array([-1 if label is None else int(label) for label in labels], dtype=np.int64)
         if len(numbers) != count:
             raise ValueError(f"it has {count:,} pictures and {len(numbers):,} labels")
         return cls(count, files, numbers, _class_names(found))
@@ -270,6 +263,17 @@ def _upright(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     if pixels.ndim == 3 and pixels.shape[0] == 3:
         pixels = pixels.transpose(1, 2, 0)
     return np.ascontiguousarray(pixels)
+
+
+def _files_and_labels(found: Any) -> tuple[list[str] | None, Any]:
+    """The paths of the pictures, None where they are arrays, and their labels, None where there are none."""
+    if (pairs := _first(found, "samples", "_samples")) is not None:
+        return [str(file) for file, _ in pairs], [label for _, label in pairs]
+    if (paths := _first(found, "_image_files", "_images")) is not None:
+        return [str(file) for file in paths], found._labels
+    if isinstance(found.data, list):  # LFWPeople
+        return [str(file) for file in found.data], found.targets
+    return None, _first(found, "targets", "labels")
 
 
 def _class_names(found: Any) -> tuple[str, ...] | None:
