@@ -66,8 +66,11 @@ class _Inert(pickle.Unpickler):
 
 
 def _load(file: str) -> dict[bytes, Any]:
-    with open(file, "rb") as data:
-        found: dict[bytes, Any] = _Inert(data, encoding="bytes").load()
+    try:
+        with open(file, "rb") as data:
+            found: dict[bytes, Any] = _Inert(data, encoding="bytes").load()
+    except Exception as error:  # whatever stand-ins lead to
+        raise BadInput(f"{file} cannot be read as a file of CIFAR: {error}") from None
     return found
 
 
