@@ -53,22 +53,22 @@ class Run(Section):
 
 
 class Columns(Section):
-    """Which columns of a CSV or a Hugging Face set say what; null finds the one with a usual name."""
+    """Which columns of a table or a Hugging Face set say what; null finds the one with a usual name."""
 
     image: str | None = None
     """The picture, or its path."""
     label: str | None = None
     """Its class, by name or number."""
     split: str | None = None
-    """The split that a row of a CSV belongs to."""
+    """The split that a row belongs to; of a Hugging Face set only where it is named here."""
 
 
 class Data(Section):
     """Which pictures."""
 
     path: str | None = None
-    """Folder of shards, as `foreseen data pack` writes it; or a folder of pictures, a CSV or `hf:NAME`, which are
-    packed into a cache, once. Null draws procedural pets."""
+    """Folder of shards, as `foreseen data pack` writes it; or a folder of pictures, a CSV, JSON lines, a list, `hf:NAME`
+    or `torchvision:NAME@DIR`, which are packed into a cache, once. Null draws procedural pets."""
     columns: Columns = Columns()
     hf_config: str | None = None
     """Configuration of a Hugging Face set that has several."""

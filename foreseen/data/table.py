@@ -55,7 +55,9 @@ class Columns:
         Raises:
             BadInput: the one asked for is not there, or several would do.
         """
-        asked: str | None = asdict(self)[role]
+        chosen: dict[str, str | None] = asdict(self)
+        asked = chosen.pop(role)
+        usual = [name for name in usual if name not in chosen.values()]
         key = f"--{role}-column (data.columns.{role} in a recipe)"
         if asked is not None:
             if asked not in known:

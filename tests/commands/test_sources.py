@@ -331,3 +331,57 @@ def test_two_processes_wait_for_the_packing(pictures: Path, recipe: Recipe, tmp_
     assert job.returncode == 0, job.stdout + job.stderr
     assert job.stdout.count("packing 37 pictures") == 1
     assert (tmp_path / "run/encoder/model.safetensors").is_file()
+
+
+def test_the_pack_command_takes_lists_json_lines_and_sets_of_torchvision(picture_folder: Path, tmp_path: Path) -> None:
+    names = sorted(picture_folder.rglob("*.jpg"))
+    (tmp_path / "list.txt").write_text("".join(f"{name}\t{name.parent.name}\n" for name in names))
+    rows = [{"path": str(name), "breed": name.parent.name, "age": 3} for name in names]
+    (tmp_path / "list.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    sources = {"list": tmp_path / "list.txt", "json": tmp_path / "list.jsonl"}
+    sources["torchvision"] = f"torchvision:ImageFolder@{picture_folder}"  # type: ignore[assignment]
+    for name, source in sources.items():
+        out = tmp_path / name
+        foreseen("data", "pack", source, out, "--workers", 1)
+        assert read_manifest(out).classes == ("a", "b", "c")
+        assert sorted(ShardSet.open(out, "train").labels) == [0] * 13 + [1] * 12 + [2] * 12  # type: ignore[arg-type]
+    assert _facts(tmp_path / "json")[0]["age"] == 3
+    foreseen("data", "pack", sources["json"], tmp_path / "bare", "--workers", 1, "--keep-columns", "none")
+    assert set(_facts(tmp_path / "bare")[0]) == {"path", "width", "height", "label"}
+
+
+def _facts(folder: Path) -> list[dict[str, object]]:
+    import tarfile
+
+    facts = []
+    for file in folder.glob("*.tar"):
+        with tarfile.open(file) as tar:
+            facts += [json.load(tar.extractfile(info)) for info in tar if info.name.endswith("json")]  # type: ignore[arg-type]
+    return facts
+
+
+def test_the_pack_command_divides_by_shares_and_cuts_by_size(picture_folder: Path, tmp_path: Path) -> None:
+    pack = ("data", "pack", picture_folder, tmp_path / "set", "--labels", "folder", "--workers", 1)
+    foreseen(*pack, "--split-fractions", "train=0.8,test=0.2", "--shard-size", 0.1)
+    splits = read_manifest(tmp_path / "set").splits
+    assert {name: split.samples for name, split in splits.items()} == {"train": 30, "test": 7}
+    assert all(shard.bytes <= 100_000 for split in splits.values() for shard in split.shards)
+    assert not {*_names(tmp_path / "set", "train")} & {*_names(tmp_path / "set", "test")}
+    assert "sum to 1.2" in refused(*pack, "--split-fractions", "train=0.8,test=0.4")
+    assert "--download is for torchvision" in refused(*pack, "--download")
+
+
+@pytest.mark.parametrize("kind", ["list", "torchvision"])
+def test_pretraining_straight_from_lists_and_sets_of_torchvision(
+    kind: str, pictures: Path, recipe: Recipe, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in sorted(pictures.rglob("*.jpg"))))
+    src = {"list": "list.txt", "torchvision": "torchvision:ImageFolder@pictures"}[kind]
+    said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=src))
+    assert f"packing 37 pictures of {src} into" in said
+    monkeypatch.chdir(pictures)
+    again = {"list": "../list.txt", "torchvision": "torchvision:ImageFolder@."}[kind]
+    said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=again, run__dir=tmp_path / "again"))
+    assert "packing" not in said
+    assert len(list(cache.glob("packed-*"))) == 1

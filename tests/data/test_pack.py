@@ -494,3 +494,55 @@ def test_a_split_is_kept_only_where_the_same_was_packed_in_the_same_way(picture_
     for other, options in ((samples, {"max_side": 45}), (samples[:5], {})):
         with pytest.raises(BadInput, match="already has a split 'train'"):
             pack(other, tmp_path / "set", "train", workers=1, keep=True, **options)  # type: ignore[arg-type]
+
+
+def test_shards_of_a_stated_size_are_no_larger_and_nearly_full(tmp_path: Path) -> None:
+    for number in range(140):
+        save(tmp_path / "source" / f"{number}.png", 40 + 4 * (number % 30), 60, seed=number)
+    samples = FolderListing(tmp_path / "source")
+    for shard_samples, workers in ((None, 2), (None, 1), (5, 1)):
+        out = tmp_path / f"set {shard_samples} {workers}"
+        summary = pack(samples, out, "train", shard_mb=0.1, shard_samples=shard_samples, workers=workers)
+        assert summary.samples == 140
+        shards = read_manifest(out).splits["train"].shards
+        assert len(shards) > 3
+        assert all(shard.bytes <= 100_000 for shard in shards)
+        data = ShardSet.open(out, "train")
+        data.check_sizes()
+        assert sorted(data.read(number) for number in range(140)) == sorted(
+            file.read_bytes() for file in (tmp_path / "source").iterdir()
+        )
+        if shard_samples is None:
+            assert all(shard.bytes >= 70_000 for shard in shards[:-1])
+        else:
+            assert all(shard.samples <= 5 for shard in shards)
+    assert contents(tmp_path / "set None 1") == contents(tmp_path / "set None 2")
+
+
+def test_a_picture_larger_than_a_shard_has_one_of_its_own(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    (tmp_path / "source").mkdir()
+    for number in range(3):
+        Image.fromarray(noise).save(tmp_path / "source" / f"{number}.png")
+    pack(FolderListing(tmp_path / "source"), tmp_path / "set", "train", shard_mb=0.1, workers=1)
+    shards = read_manifest(tmp_path / "set").splits["train"].shards
+    assert [(shard.name, shard.samples) for shard in shards] == [(f"train-{n:06d}.tar", 1) for n in range(3)]
+    with pytest.raises(BadInput, match=r"--shard-size is 0\.01, it must lie in \[0\.1, 1000000\]"):
+        pack(FolderListing(tmp_path / "source"), tmp_path / "set", "test", shard_mb=0.01, workers=1)
+
+
+def test_a_killed_packing_by_size_goes_on(picture_folder: Path, tmp_path: Path) -> None:
+    kwargs = {"shard_mb": 0.1, "shard_samples": 7, "workers": 1}
+    samples = FolderListing(picture_folder)
+    pack(samples, tmp_path / "whole", "train", **kwargs)  # type: ignore[arg-type]
+
+    def stop(done: int, total: int) -> None:
+        if done >= 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(samples, tmp_path / "set", "train", **kwargs, progress=stop)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="the same pictures with shard_samples 7, shard_bytes 100000"):
+        pack(samples, tmp_path / "set", "train", workers=1)
+    assert pack(samples, tmp_path / "set", "train", **kwargs).kept_shards == 2  # type: ignore[arg-type]
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
