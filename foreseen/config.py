@@ -67,8 +67,8 @@ class Data(Section):
     """Which pictures."""
 
     path: str | None = None
-    """Folder of shards, as `foreseen data pack` writes it; or a folder of pictures, a CSV, JSON lines, a list, `hf:NAME`
-    or `torchvision:NAME@DIR`, which are packed into a cache, once. Null draws procedural pets."""
+    """Folder of shards, as `foreseen data pack` writes it; or a folder of pictures, a CSV, JSON lines, a list of paths,
+    `hf:NAME` or `torchvision:NAME@DIR`, which are packed into a cache, once. Null draws procedural pets."""
     columns: Columns = Columns()
     hf_config: str | None = None
     """Configuration of a Hugging Face set that has several."""

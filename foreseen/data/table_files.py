@@ -144,7 +144,9 @@ def _parse_object(line: str, where: str) -> dict[str, Any]:
             line, parse_constant=lambda _: None, parse_float=_finite, object_pairs_hook=_object_without_repeats
         )
     except json.JSONDecodeError as error:
-        raise BadInput(f"{where} is no JSON: {error.msg} at character {error.colno}") from None
+        raise BadInput(
+            f"{where} is no JSON ({error.msg} at character {error.colno}): each line needs an object of its own"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where} cannot be used: {error}") from None
     if not isinstance(found, dict):

@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,11 @@ class TorchvisionSource:
         if not separator or not folder:
             raise BadInput(f"{PREFIX}{place} names no folder: give {PREFIX}{place or 'NAME'}@DIR, where the set lies")
         if self.set_name not in SETS:
-            raise BadInput(
-                f"{PREFIX}{self.set_name} is no set of torchvision that is read, these are: {', '.join(SETS)}; others "
-                "may be read as a folder of pictures"
+            near = get_close_matches(self.set_name, SETS, n=1)
+            hint = (
+                f"did you mean {near[0]}?" if near else f"these are: {', '.join(SETS)}; others may be read as folders"
             )
+            raise BadInput(f"{PREFIX}{self.set_name} is no set of torchvision that is read; {hint}")
         self.root, self.labels, self.download = Path(folder).expanduser(), labels, download
         if not download and not os.path.isdir(self.root):
             raise BadInput(f"{self.root} is not a folder: give {PREFIX}{self.set_name}@DIR, where the set lies")

@@ -151,8 +151,8 @@ def _read(blob: Encoded) -> bytes:
 def _channel_statistics(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Mean and mean square of each channel, [2, 3], in [0, 1], on a grid of the picture's pixels."""
     down, right = (max(1, side // _STATISTICS_GRID) for side in pixels.shape[:2])
-    values = pixels[::down, ::right].reshape(-1, 3).T / 255.0
-    return np.stack([values.mean(1), (values * values).mean(1)])
+    values = np.ascontiguousarray(pixels[::down, ::right].reshape(-1, 3).T, dtype=np.float64)  # whole: sums are exact
+    return np.stack([values.sum(1) / 255, np.einsum("cn,cn->c", values, values) / 255**2]) / values.shape[1]
 
 
 def _format_of(data: bytes) -> str | None:

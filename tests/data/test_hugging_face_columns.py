@@ -1,4 +1,4 @@
-"""Hugging Face sets as people make them: further columns, splits in a column, pictures as bare bytes, configurations."""
+"""Hugging Face sets as people make them: further columns, splits in a column, bare bytes, several configurations."""
 
 import datetime
 import json
@@ -63,8 +63,9 @@ def test_further_columns_are_kept_as_json_has_them(pictures: list[bytes], tmp_pa
     columns = Columns(image="image", label="label")
     found = read(tmp_path / "many.parquet", columns, keep=None)
     who = {"name": "a", "age": 1}
+    new_year = "2024-01-02T00:00:00"
     assert metas(found) == [
-        {"source_width": 10, "score": 0.5, "sex": "male", "when": "2024-01-02T00:00:00", "boxes": [[1.5, 2]], "who": who},
+        {"source_width": 10, "score": 0.5, "sex": "male", "when": new_year, "boxes": [[1.5, 2]], "who": who},
         {"source_width": None, "score": None, "sex": "female", "when": None, "boxes": [], "who": who},
         {"source_width": 3, "score": None, "sex": None, "when": None, "boxes": None, "who": who},
         {"source_width": 4, "score": 2.0, "sex": None, "when": None, "boxes": [[0, 0]], "who": who},

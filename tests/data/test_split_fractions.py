@@ -1,4 +1,4 @@
-"""Splits by shares: the shares hold in every class, added pictures move hardly any, and copies of a name stay together."""
+"""Splits by shares: they hold in every class, added pictures move hardly any, and samples of a name stay together."""
 
 from pathlib import Path
 

@@ -109,7 +109,7 @@ def test_json_lines_have_the_columns_of_a_csv_and_may_lack_some(folder: Path) ->
     [
         ("\n", "holds no objects: it needs one for each picture"),
         ('{"path": "a.jpg"}\n["a.jpg"]\n', r'line 2 of .* is no JSON object: each line needs one, such as \{"path"'),
-        ('{"path": "a.jpg"}\n{"path"}\n', "line 2 of .* is no JSON: Expecting ':' delimiter at character 8"),
+        ('{"path": "a.jpg"}\n{"path"}\n', r"line 2 of .* is no JSON \(Expecting ':' delimiter at character 8\): each"),
         ('{"path": "a.jpg", "path": "b.jpg"}\n', "line 1 of .* cannot be used: it has 'path' twice"),
         ("[" * 100_000, "line 1 of .* cannot be used: maximum recursion depth"),
         ('{"path": 3}\n', "line 1 of .* has the image 3, it must be a path: change it, or .* by --image-column"),

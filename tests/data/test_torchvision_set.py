@@ -260,7 +260,8 @@ def test_nothing_in_a_file_of_cifar_runs_even_with_the_right_checksum(
         ("CIFAR10", r"torchvision:CIFAR10 names no folder: give torchvision:CIFAR10@DIR, where the set lies"),
         ("", r"torchvision: names no folder: give torchvision:NAME@DIR"),
         ("CIFAR10@/nowhere", "/nowhere is not a folder: give torchvision:CIFAR10@DIR"),
-        ("LSUN@.", "torchvision:LSUN is no set of torchvision that is read, these are: CIFAR10, "),
+        ("LSUN@.", "torchvision:LSUN is no set of torchvision that is read; these are: CIFAR10, "),
+        ("CIFAR@.", "torchvision:CIFAR is no set of torchvision that is read; did you mean CIFAR10"),
     ],
 )
 def test_what_is_no_set_is_a_sentence(place: str, sentence: str) -> None:
