@@ -23,8 +23,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import webdataset
-
 from foreseen.data.decode import decode
 from foreseen.data.pack import count_cpus, pack
 from foreseen.data.source import FolderListing
@@ -49,6 +47,8 @@ def with_tar(pictures: Path, out: Path) -> None:
 
 
 def with_webdataset(pictures: Path, out: Path) -> None:
+    import webdataset  # and torch with it, which the processes of `pack` have no need of
+
     with webdataset.ShardWriter(str(out / "train-%06d.tar"), maxcount=SHARD_SAMPLES, verbose=0) as writer:
         for number, file in enumerate(sorted(pictures.iterdir())):
             facts = json.dumps({"path": file.name, "label": None}).encode()
@@ -105,8 +105,9 @@ def report(spent: dict[str, list[tuple[float, float]]], count: int, size: int) -
             other: statistics.median(own[0] / peer[0] for own, peer in zip(rounds, spent[other], strict=True))
             for other in (TAR, WRITER)
         }
-        print(f"  {name:24} {cpu:6.2f} s CPU {wall:6.2f} s wall   {count / cpu:8.0f} pictures and {size / cpu / 1e6:6.1f} "
-              f"MB per CPU s   {ratios[TAR]:6.2f} x tar {ratios[WRITER]:5.2f} x webdataset")  # fmt: skip
+        print(f"  {name:24} {cpu:6.2f} s CPU {wall:6.2f} s wall   {count / cpu:8.0f} pictures and "
+              f"{size / cpu / 1e6:6.1f} MB per CPU s   {ratios[TAR]:6.2f} x tar {ratios[WRITER]:5.2f} x webdataset"
+              )  # fmt: skip
     rest = [own[0] - peer[0] for own, peer in zip(spent[OURS], spent[DECODE], strict=True)]
     share = statistics.median(part / own[0] for part, own in zip(rest, spent[OURS], strict=True))
     peer = statistics.median(part / own[0] for part, own in zip(rest, spent[WRITER], strict=True))

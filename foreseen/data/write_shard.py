@@ -152,7 +152,8 @@ def _channel_statistics(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Mean and mean square of each channel, [2, 3], in [0, 1], on a grid of the picture's pixels."""
     down, right = (max(1, side // _STATISTICS_GRID) for side in pixels.shape[:2])
     values = np.ascontiguousarray(pixels[::down, ::right].reshape(-1, 3).T, dtype=np.float64)  # whole: sums are exact
-    return np.stack([values.sum(1) / 255, np.einsum("cn,cn->c", values, values) / 255**2]) / values.shape[1]
+    sums, squares = values.sum(1), np.einsum("cn,cn->c", values, values)
+    return np.stack([sums / 255, squares / 255**2]) / np.float64(values.shape[1])
 
 
 def _format_of(data: bytes) -> str | None:
