@@ -73,20 +73,21 @@ class HuggingFaceSource:
         image = self._image_column(first)
         label = None if self.labels == "none" else self._label_column(first)
         numbers: dict[str, NDArray[np.int32]] = {}
-        notes = []
+        where = f"{PREFIX}{self.place}"
+        lists = [] if label is not None or self.labels == "none" else _label_columns(first, of_one_label=False)
+        notes = [f"column {name!r} of {where} holds lists or objects: no labels are taken from it" for name in lists]
         if label is not None:
             labelled = {name: rows for name, rows in sets.items() if label in rows.column_names}
-            numbers, classes = _labels(labelled, label, f"column {label!r} of {PREFIX}{self.place}", classes)
+            numbers, classes = _labels(labelled, label, f"column {label!r} of {where}", classes)
             lacking = [name for name in sets if name not in labelled]
-            notes = [f"split {name!r} of {PREFIX}{self.place} has no column {label!r}: no labels" for name in lacking]
+            notes = [f"split {name!r} of {where} has no column {label!r}: no labels" for name in lacking]
         used = (image, label, self.columns.split)
-        extra, left_out = find_extra(sets, used, self.keep, f"{PREFIX}{self.place}")
+        extra, left_out = find_extra(sets, used, self.keep, where)
         if left_out:
             notes.append(f"columns that hold bytes or pictures are not kept in KEY.json: {', '.join(left_out)}")
         listings: dict[str, Sequence[SourceSample]] = {}
         for name, rows in sets.items():
-            where = f"split {name!r} of {PREFIX}{self.place}"
-            pictures = select_pictures(rows, image, where)
+            pictures = select_pictures(rows, image, f"split {name!r} of {where}")
             columns = ExtraColumns(rows, extra)
             listings[name] = Rows(pictures, image, name, self._roots(), numbers.get(name), columns)
         if self.columns.split is not None:
@@ -170,7 +171,7 @@ class HuggingFaceSource:
         import datasets
 
         usual = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-        usual = usual or [name for name in rows.column_names if name.lower() in _LABEL_NAMES]
+        usual = usual or _label_columns(rows, of_one_label=True)
         return self.columns.find("label", rows.column_names, usual, PREFIX + self.place)
 
 
@@ -182,6 +183,8 @@ def _labels(
 
     values = {name: rows.data.column(column).to_pylist() for name, rows in sets.items()}
     features = [rows.features[column] for rows in sets.values()]
+    if not all(isinstance(feature, datasets.Value | datasets.ClassLabel) for feature in features):
+        raise BadInput(f"{where} holds lists or objects: choose one with a label for each picture by --label-column")
     if all(isinstance(feature, datasets.ClassLabel) for feature in features):
         known = classes or tuple(dict.fromkeys(name for feature in features for name in feature.names))
         numbers = [
@@ -201,6 +204,15 @@ def _text(value: Any, feature: Any) -> str | None:
     if isinstance(feature, datasets.ClassLabel):
         return None if value is None or value < 0 else str(feature.int2str(value))
     return None if value is None else str(value)
+
+
+def _label_columns(rows: Any, *, of_one_label: bool) -> list[str]:
+    """Columns with a usual name that hold a label for each picture, or lists or objects."""
+    import datasets
+
+    single = (datasets.Value, datasets.ClassLabel)
+    named = [name for name in rows.column_names if name.lower() in _LABEL_NAMES]
+    return [name for name in named if isinstance(rows.features[name], single) == of_one_label]
 
 
 def _may_be_pictures(name: str, feature: Any) -> bool:

@@ -204,6 +204,8 @@ def _difference(found: dict[str, Any], plan: Plan) -> str:
     if found.get("listing") != facts["listing"]:
         return "other pictures"
     differing = [key for key, value in facts.items() if found.get(key) != value]
+    if not differing:
+        return "the same pictures by another version of foreseen"
     return "the same pictures with " + ", ".join(f"{key} {found.get(key)!r}" for key in differing)
 
 

@@ -50,7 +50,7 @@ def divide(
 
     Args:
         found: the source.
-        split: which of its splits; None where it has none of its own.
+        split: which of its splits; None where it has but one, or none of its own.
         fractions: share of each new split.
         seed: another seed divides otherwise.
 
@@ -59,7 +59,7 @@ def divide(
     """
     if not found.are_named and split is not None:
         raise BadInput(f"--split {split} and --split-fractions both name the splits: leave --split out")
-    if found.are_named and split is None:
+    if len(found.splits) > 1 and split is None:
         raise BadInput(
             f"the source has the splits {', '.join(found.splits)}: leave --split-fractions out, or choose the one to "
             "divide by --split"

@@ -80,6 +80,7 @@ class TableSource:
 
     def __init__(self, file: Path, columns: Columns, labels: str = "auto", keep: Keep = ()) -> None:
         self.file, self.columns, self.labels, self.keep = file, columns, labels, keep
+        self._notes: list[str] = []
 
     @property
     def name(self) -> str:
@@ -116,7 +117,7 @@ class TableSource:
             raise BadInput(f"{self.file} lists folders, such as {self._paths[0]}: give the folder itself as the source")
         extra = self._extra()
         listings = {split: _Rows(self, np.array(chosen), numbers, extra) for split, chosen in members.items()}
-        return Splits(listings, splits is not None, None if numbers is None else classes)
+        return Splits(listings, splits is not None, None if numbers is None else classes, tuple(self._notes))
 
     def sample(self, row: int, label: int | None, meta: Mapping[str, Any]) -> SourceSample:
         """The picture of a row, or what says that it is not there."""
@@ -146,7 +147,14 @@ class TableSource:
             role: self.columns.find(role, head, _usual(head, usual), str(self.file)) for role, usual in _USUAL.items()
             if role != "label" or self.labels != "none"
         }  # fmt: skip
+        label = found.get("label")
+        if label is not None and self.columns.label is None and self._holds_lists(label):
+            found["label"] = None
+            self._notes.append(f"column {label!r} of {self.file} holds lists or objects: no labels are taken from it")
         return {"label": None, **found}
+
+    def _holds_lists(self, column: str) -> bool:
+        return any(isinstance(value, list | dict) for value in self._table.columns[column])
 
     def _extra(self) -> dict[str, list[Any]]:
         """Typed cells of the further columns by their names in KEY.json."""

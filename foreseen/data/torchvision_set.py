@@ -84,7 +84,7 @@ class TorchvisionSource:
         if not separator or not folder:
             raise BadInput(f"{PREFIX}{place} names no folder: give {PREFIX}{place or 'NAME'}@DIR, where the set lies")
         if self.set_name not in SETS:
-            near = get_close_matches(self.set_name, SETS, n=1)
+            near = get_close_matches(self.set_name, SETS, n=1, cutoff=0.7)
             hint = (
                 f"did you mean {near[0]}?" if near else f"these are: {', '.join(SETS)}; others may be read as folders"
             )

@@ -163,3 +163,14 @@ def test_a_set_with_several_configurations_names_them(tmp_path: Path, monkeypatc
         BadInput, match=r"hf:some/pets has the configurations cats, dogs: choose by --hf-config \(data\.hf_config"
     ):
         open_source("hf:some/pets", SourceOptions()).read()
+
+
+def test_lists_of_labels_are_no_labels(pictures: list[bytes], tmp_path: Path) -> None:
+    many = datasets.List(datasets.ClassLabel(names=["x", "y"]))
+    rows(pictures, labels=(many, [[0], [0, 1], [], [1]])).to_parquet(str(tmp_path / "set.parquet"))
+    found = read(tmp_path / "set.parquet", keep=None)
+    assert found.classes is None
+    assert metas(found)[1] == {"labels": [0, 1]}
+    assert found.notes[0].endswith("set.parquet holds lists or objects: no labels are taken from it")
+    with pytest.raises(BadInput, match="column 'labels' of .* holds lists or objects: choose one"):
+        read(tmp_path / "set.parquet", Columns(label="labels"))

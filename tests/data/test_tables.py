@@ -11,6 +11,7 @@ from foreseen.data.extra_columns import choose_extra, parse_keep, type_texts, ty
 from foreseen.data.open_source import SourceOptions, open_source
 from foreseen.data.pack import pack
 from foreseen.data.source import Missing, Splits
+from foreseen.data.table import Columns
 from foreseen.errors import BadInput
 
 
@@ -113,7 +114,6 @@ def test_json_lines_have_the_columns_of_a_csv_and_may_lack_some(folder: Path) ->
         ('{"path": "a.jpg", "path": "b.jpg"}\n', "line 1 of .* cannot be used: it has 'path' twice"),
         ("[" * 100_000, "line 1 of .* cannot be used: maximum recursion depth"),
         ('{"path": 3}\n', "line 1 of .* has the image 3, it must be a path: change it, or .* by --image-column"),
-        ('{"path": "a", "label": ["x"]}\n', r'line 1 of .* has the label \["x"\], it must be text or a number'),
         ('{"path": "a", "split": null}\n', "line 1 of .* has the split ''"),
         ('{"url": "http://a"}\n', "has no column of the pictures' paths, it has url"),
         ("".join(f'{{"path": "a", "{n}": 0}}\n' for n in range(1001)), "has more than 1,000 names in its objects"),
@@ -122,6 +122,15 @@ def test_json_lines_have_the_columns_of_a_csv_and_may_lack_some(folder: Path) ->
 def test_json_lines_that_make_no_sense_are_refused_with_a_sentence(text: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=sentence):
         read(tmp_path / "list.jsonl", text)
+
+
+def test_lists_of_labels_are_no_labels(folder: Path) -> None:
+    text = lines({"path": "b.jpg", "labels": ["x", "y"]}, {"path": "a 1.jpg", "labels": []})
+    found = read(folder / "list.jsonl", text, keep=None)
+    assert (found.classes, metas(found)) == (None, [{"labels": ["x", "y"]}, {"labels": []}])
+    assert found.notes[0].endswith("list.jsonl holds lists or objects: no labels are taken from it")
+    with pytest.raises(BadInput, match=r'line 1 of .* has the label \["x", "y"\], it must be text or a number'):
+        read(folder / "list.jsonl", text, columns=Columns(label="labels"))
 
 
 def test_blank_rows_do_not_shift_the_numbers_of_rows(tmp_path: Path) -> None:
