@@ -229,7 +229,10 @@ def _why_not_loaded(error: Exception) -> str:
         more = ", …" if len(names) > _MAX_CONFIGS_NAMED else ""
         listed = ", ".join(names[:_MAX_CONFIGS_NAMED]) + more
         return f"has the configurations {listed}: choose by --hf-config (data.hf_config in a recipe)"
-    what = str(error).strip().splitlines() or [type(error).__name__]
+    reason: BaseException = error
+    while reason.__cause__ is not None:  # `datasets` wraps what went wrong in a sentence that says nothing of it
+        reason = reason.__cause__
+    what = str(reason).strip().splitlines() or [type(reason).__name__]
     return f"cannot be loaded: {what[0]}"
 
 

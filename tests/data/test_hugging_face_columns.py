@@ -1,6 +1,7 @@
 """Hugging Face sets as people make them: further columns, splits in a column, bare bytes, several configurations."""
 
 import datetime
+import gc
 import json
 import tarfile
 from pathlib import Path
@@ -150,6 +151,23 @@ def test_a_url_in_a_local_set_is_not_followed(pictures: list[bytes], tmp_path: P
     made.to_parquet(str(tmp_path / "set.parquet"))
     images = [sample.image for sample in read(tmp_path / "set.parquet").splits["train"]]
     assert all(isinstance(image, Missing) for image in images)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)  # an open metadata.csv
+def test_an_address_in_the_metadata_of_an_imagefolder_is_not_followed_but_named(
+    pictures: list[bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.jpg").write_bytes(pictures[0])
+    metadata = tmp_path / "set" / "metadata.csv"
+    metadata.write_text("file_name,text\na.jpg,hello\n")
+    assert metas(read(tmp_path / "set", keep=None)) == [{"text": "hello"}]
+    metadata.write_text("file_name,text\na.jpg,hello\nhttps://example.org/b.jpg,x\n")
+    with pytest.raises(BadInput, match=r"set cannot be loaded: .*https://example\.org/b\.jpg"):
+        read(tmp_path / "set", keep=None)
+    gc.collect()
 
 
 def test_a_set_with_several_configurations_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
