@@ -362,7 +362,7 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     Returns:
         The report: a Markdown table and a verdict.
     """
-    from foreseen.data.shards import ShardSet
+    from foreseen.data.open_set import recall_set
     from foreseen.engine.run_folder import describe_start
     from foreseen.files import write_atomically
     from foreseen.handoff.seen import count_seen, describe_seen
@@ -382,7 +382,7 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     tried = plan.seeds[: plan.tuning_seeds]
     config = plan.pretrained.config
     first = _result(plan.pretrained.seeded(plan.seeds[0]))
-    test = ShardSet.open(Path(first["test_data"]["path"]), first["test_data"]["split"])
+    test = recall_set(first["test_data"]["path"], first["test_data"]["split"])
     seen = count_seen(lineage, test)
     sentences = [_sentence(sides[name][1], difference) for name, difference in differences.items()]
     notes = (_edge_of_grid(plan, chosen), describe_seen(seen, test))

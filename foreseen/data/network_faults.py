@@ -5,6 +5,7 @@ import errno
 from foreseen.errors import BadInput
 from foreseen.masked import masked
 
+WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # between tries
 _FOR_GOOD = frozenset({errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOSYS, getattr(errno, "EREMCHG", errno.EINVAL)})
 _PASSING_STATUS = frozenset({408, 425, 429})
 _REFUSED_STATUS = frozenset({401, 403, 407})

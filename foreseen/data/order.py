@@ -121,13 +121,14 @@ class BlockOrder:
                 out[inside] = self._within(epoch, block, places[inside])
         return out
 
-    def shards_after(self, position: int) -> list[int]:
-        """Shards of the block that follows the one in which a position stands."""
+    def shards_ahead(self, position: int) -> list[int]:
+        """Shards of the block in which a position stands, and of the one that follows."""
         epoch, place = divmod(position, self.num_samples)
-        block = int(np.searchsorted(self._layout(epoch).block_ends, place, side="right")) + 1
-        if block == len(self._layout(epoch).block_ends):
-            epoch, block = epoch + 1, 0
-        chosen = self._layout(epoch).shards[block * self.block_shards : (block + 1) * self.block_shards]
+        layout = self._layout(epoch)
+        block = int(np.searchsorted(layout.block_ends, place, side="right"))
+        chosen = layout.shards[block * self.block_shards : (block + 2) * self.block_shards]
+        if block + 1 == len(layout.block_ends):
+            chosen = np.concatenate([chosen, self._layout(epoch + 1).shards[: self.block_shards]])
         found: list[int] = chosen[self._counts[chosen] > 0].tolist()
         return found
 
@@ -135,7 +136,11 @@ class BlockOrder:
         layout = self._layout(epoch)
         begin = int(layout.block_ends[block - 1]) if block else 0
         key = stream_constant(f"order/{self.seed}/{epoch}/blocks")
-        drawn = begin + _permute(int(mix(np.array([(key + block) & _MASK64], dtype=np.uint64))[0]), int(layout.block_ends[block]) - begin, places - begin)
+        drawn = begin + _permute(
+            int(mix(np.array([(key + block) & _MASK64], dtype=np.uint64))[0]),
+            int(layout.block_ends[block]) - begin,
+            places - begin,
+        )
         row = np.searchsorted(layout.ends, drawn, side="right")
         shard = layout.shards[row]
         return self._starts[shard] + drawn - (layout.ends[row] - self._counts[shard])

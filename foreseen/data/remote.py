@@ -8,14 +8,16 @@ import asyncio
 import importlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.asyn import sync
 
+from foreseen.data import network_faults
 from foreseen.data.network_faults import may_pass, refusal
 from foreseen.data.store import MAX_BYTES, Piece
 from foreseen.data.urls import PROTOCOLS, join, protocol_of
@@ -26,7 +28,6 @@ T = TypeVar("T")
 _GONE = (FileNotFoundError, PermissionError)
 
 _IN_EXTRA = ("s3fs", "gcsfs", "aiohttp")  # of `pip install foreseen[remote]`
-_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # between tries
 _CONNECT_S, _READ_S, _ANSWER_S = 10.0, 30.0, 120.0  # for a connection, the next bytes, and a whole answer
 _AT_ONCE = 64  # requests under way in one process
 _BLOCK = 8 << 20  # of a file that is fetched whole
@@ -181,7 +182,7 @@ class RemoteStore:
         """All pieces at once; those that failed or came short are asked for again, a little later."""
         found: dict[int, bytes] = {}
         fault, failed, began = Exception(), "", time.monotonic()
-        for tries, wait_s in enumerate((0.0, *_WAITS_S), start=1):
+        for tries, wait_s in enumerate((0.0, *network_faults.WAITS_S), start=1):
             time.sleep(wait_s)
             left = [row for row in range(len(window)) if row not in found]
             for row, answer in zip(left, self._ask([window[row] for row in left]), strict=True):
@@ -197,7 +198,7 @@ class RemoteStore:
                     raise refusal(failed, fault, tries, time.monotonic() - began) from fault
             if len(found) == len(window):
                 return [found[row] for row in range(len(window))]
-        raise refusal(failed, fault, len(_WAITS_S) + 1, time.monotonic() - began) from fault
+        raise refusal(failed, fault, len(network_faults.WAITS_S) + 1, time.monotonic() - began) from fault
 
     def _ask(self, pieces: Sequence[Piece]) -> list[bytes | Exception]:
         urls = [join(self.url, piece.name) for piece in pieces]
@@ -242,7 +243,7 @@ class RemoteStore:
     def _wait_for(self, url: str, make: Callable[[], Awaitable[T]], patience_s: float | None = _ANSWER_S) -> T:
         """The result of a coroutine that asks the server, made anew while its faults may pass."""
         began = time.monotonic()
-        for tries, wait_s in enumerate((*_WAITS_S, None), start=1):
+        for tries, wait_s in enumerate((*network_faults.WAITS_S, None), start=1):
             try:
                 answer: T = sync(self._files.loop, make, timeout=patience_s)
                 return answer
@@ -253,6 +254,14 @@ class RemoteStore:
                     raise refusal(url, error, tries, time.monotonic() - began) from error
                 time.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
+
+
+@contextmanager
+def open_sequential(url: str, options: Mapping[str, Any]) -> Iterator[BinaryIO]:
+    """A file behind a URL, read from the front without asking for parts of it where the server has none."""
+    files = _file_system(protocol_of(url), options)
+    with files.open(url, "rb", block_size=0 if protocol_of(url) in ("http", "https") else _BLOCK) as file:
+        yield file
 
 
 @lru_cache(maxsize=16)

@@ -149,7 +149,7 @@ class CachedStore:
                 f"data.cache_gb {self._limit / 1e9:g} is too small: the shard {name} alone has {size / 1e9:.3g} GB; raise "
                 "it, or set data.fetch=range"
             )
-        with _out_of_space(self._root), _locked(part, waits=waits) as number:
+        with _out_of_space(self._root), locked(part, waits=waits) as number:
             if number is None or file.exists():
                 return
             self._reserve(number, part, size)
@@ -159,7 +159,7 @@ class CachedStore:
     def _reserve(self, number: int, part: Path, size: int) -> None:
         """Take the space for a shard, when there is as much below the limit."""
         while True:
-            with _locked(self._root / _LOCK, waits=True):
+            with locked(self._root / _LOCK, waits=True):
                 os.ftruncate(number, 0)
                 if self._make_room(size):
                     os.posix_fallocate(number, 0, max(size, 1))
@@ -247,7 +247,7 @@ def _out_of_space(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(file: Path, *, waits: bool) -> Iterator[int | None]:
+def locked(file: Path, *, waits: bool) -> Iterator[int | None]:
     """A file, made if need be, that no other process holds; None where one does and `waits` is False."""
     while True:
         number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)

@@ -146,14 +146,14 @@ class ShardSet:
 
         Where each read waits for a server, they wait together.
         """
-        pieces = [self._piece(sample) for sample in samples]
-        answers = self.store.read_many([piece for piece in pieces if isinstance(piece, Piece)])
-        for sample, piece in zip(samples, pieces, strict=True):
-            if isinstance(piece, CorruptSample):
-                yield piece
+        located = [self._locate_or_error(sample) for sample in samples]
+        answers = self.store.read_many([Piece(*where[:3]) for where in located if not isinstance(where, CorruptSample)])
+        for sample, where in zip(samples, located, strict=True):
+            if isinstance(where, CorruptSample):
+                yield where
                 continue
-            data = next(answers)
-            if isinstance(data, OSError) or self._is_sound(sample, data):
+            data, (_, size, _, crc32) = next(answers), where
+            if isinstance(data, OSError) or (len(data) == size and (not crc32 or zlib.crc32(data) == crc32)):
                 yield data
                 continue
             try:
@@ -210,15 +210,11 @@ class ShardSet:
             )
         return self._shards[shard].name, size, offset_512 * TAR_BLOCK, crc32
 
-    def _piece(self, sample: int) -> Piece | CorruptSample:
+    def _locate_or_error(self, sample: int) -> tuple[str, int, int, int] | CorruptSample:
         try:
-            return Piece(*self._locate(sample)[:3])
+            return self._locate(sample)
         except CorruptSample as error:
             return error
-
-    def _is_sound(self, sample: int, data: bytes) -> bool:
-        _, size, crc32 = self._index[sample].item()
-        return len(data) == size and (not crc32 or zlib.crc32(data) == crc32)
 
     def _read_again(self, sample: int) -> bytes:
         """A second look at a sample that was not what it should be: the way here may have been bad, or the shard is."""

@@ -1,6 +1,7 @@
 """Which texts are URLs, and which of those shards are read from."""
 
 import re
+from urllib.parse import quote
 
 from foreseen.errors import BadInput
 from foreseen.masked import masked
@@ -46,5 +47,8 @@ def check_url(url: str, key: str) -> None:
 
 def join(url: str, name: str) -> str:
     """The URL of a file in a folder; what follows a `?` stays at the end."""
+    if protocol_of(url) not in ("http", "https"):
+        return f"{url.rstrip('/')}/{name}"
     base, mark, query = url.partition("?")
+    name = quote(name)  # so that no name leads out of the folder
     return f"{base.rstrip('/')}/{name}{mark}{query}"
