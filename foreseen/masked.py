@@ -35,7 +35,7 @@ def masked_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def masked_argument(argument: str) -> str:
     """A word of a command line, without the credentials in it."""
-    key, is_override, value = argument.partition("=")
+    key, is_override, _ = argument.partition("=")
     if is_override and key.startswith("data.storage_options") and key.rpartition(".")[2] not in _PLAIN_OPTIONS:
         return f"{key}={MASK}"
     return masked(argument)

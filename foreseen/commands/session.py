@@ -96,8 +96,8 @@ def open_training_pictures(config: Config, accelerator: Accelerator) -> ShardSet
 def open_data(data: Data, split: str, accelerator: Accelerator, *, size: int) -> ShardSet:
     """A split of the set that a `data` section names.
 
-    A set behind a URL is read from there. Procedural pets, `size` pixels wide, are drawn, and what is no set of shards is packed, once into a cache. A
-    source's validation split stands in for a test split that it has not.
+    A set behind a URL is read from there. Procedural pets, `size` pixels wide, are drawn, and what is no set of shards
+    is packed, once into a cache. A source's validation split stands in for a test split that it has not.
     """
     path: str | Path
     if data.path is None:

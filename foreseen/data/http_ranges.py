@@ -76,6 +76,6 @@ class HTTPRanges(HTTPFileSystem):  # type: ignore[misc]
 
 
 def patient_client(connect_s: float, read_s: float) -> dict[str, Any]:
-    """Arguments of aiohttp's session: time limits for each wait and none for the whole, proxies from the environment."""
+    """Arguments of aiohttp's session: time limits for each wait, none for the whole, the environment's proxies.."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=read_s)
     return {"timeout": timeout, "trust_env": True}

@@ -190,7 +190,7 @@ def _notes(entry: Split, access: Access, limit: int, block: int) -> list[str]:
     if access.block_shards is None:
         return [
             f"{have} holds {limit / total:.0%} of the {total / 1e9:.3g} GB of shards, and data.order full takes every "
-            f"sample from any shard: nearly every sample will fetch a shard of {total / len(entry.shards) / 1e9:.2g} GB "
+            f"sample from any shard: nearly each will fetch a shard of {total / len(entry.shards) / 1e9:.2g} GB "
             "anew; set data.order=block, or data.fetch=range, or a larger data.cache_gb"
         ]
     if 2 * block > limit:

@@ -146,8 +146,8 @@ class CachedStore:
         size = self._bytes[name]
         if size > self._limit:
             raise BadInput(
-                f"data.cache_gb {self._limit / 1e9:g} is too small: the shard {name} alone has {size / 1e9:.3g} GB; raise "
-                "it, or set data.fetch=range"
+                f"data.cache_gb {self._limit / 1e9:g} is too small: the shard {name} alone has {size / 1e9:.3g} GB; "
+                "raise it, or set data.fetch=range"
             )
         with _out_of_space(self._root), locked(part, waits=waits) as number:
             if number is None or file.exists():
@@ -241,8 +241,8 @@ def _out_of_space(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise BadInput(
-            f"the disk of data.cache_dir {folder} is full ({error.strerror}): lower data.cache_gb, name another folder in "
-            "data.cache_dir, or set data.fetch=range, which needs none"
+            f"the disk of data.cache_dir {folder} is full ({error.strerror}): lower data.cache_gb, name another folder "
+            "in data.cache_dir, or set data.fetch=range, which needs none"
         ) from None
 
 

@@ -1,8 +1,9 @@
 """Read single samples out of packed shards, by number, in any order.
 
 Nothing is read in sequence and nothing is extracted: the index says where each picture lies in its tar, and one
-`pread` of a store fetches it, from a folder or from a server. The index is memory-mapped, so all workers of a machine share the pages that they touch, and a set
-of 100 million samples opens at once. Neither torch nor Pillow is needed here.
+`pread` of a store fetches it, from a folder or from a server. The index is memory-mapped, so all workers of a machine
+share the pages that they touch, and a set of 100 million samples opens at once. Neither torch nor Pillow is needed
+here.
 
 One index a split rather than one a shard: a large set has 100,000 shards, and opening as many small files takes longer
 than all the rest of the start.

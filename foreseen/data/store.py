@@ -54,7 +54,7 @@ class Store(Protocol):
         """What became of a file of `size` bytes since this store was made, in words; None if nothing did."""
 
     def forget(self, name: str) -> None:
-        """Be told that what was read of a file was not what it should be: the next reading takes nothing from a copy."""
+        """Be told that what was read was not what it should be: the next reading takes nothing from a copy."""
 
     def expect(self, names: Sequence[str]) -> None:
         """Be told which files are needed soon; a store may fetch them meanwhile."""

@@ -144,8 +144,8 @@ class StreamBuilder:
             raise BadInput(f"data.path {self.shards.place} is a stream, from which no samples can be chosen")
         if len(self.shards.urls) < layout.ranks:
             raise BadInput(
-                f"data.path {self.shards.place} names {len(self.shards.urls)} tars for {layout.ranks} ranks, and each rank "
-                "reads its own: name as many tars, or start fewer ranks"
+                f"data.path {self.shards.place} names {len(self.shards.urls)} tars for {layout.ranks} ranks, and each "
+                "rank reads its own: name as many tars, or start fewer ranks"
             )
         return StreamFeed(self, layout, rank)
 
@@ -184,8 +184,8 @@ class StreamFeed(IterableDataset[Batch]):
     def notes(self) -> tuple[str, ...]:
         """See `Feed`."""
         return (
-            f"data.path {self._builder.shards.place} is a stream without an index: resuming is best-effort. A run that is "
-            "stopped and goes on takes up its weights at the right step, but other pictures from there on than it "
+            f"data.path {self._builder.shards.place} is a stream without an index: resuming is best-effort. A run that "
+            "is stopped and goes on takes up its weights at the right step, but other pictures from there on than it "
             "would have seen: some come twice, some not at all. Another number of ranks or workers is another order.",
         )
 
@@ -303,8 +303,9 @@ def _pictures_in(url: str, file: BinaryIO) -> Iterator[Picture]:
 
 def _members(url: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
     """The image members of a tar, as webdataset groups them; no other one is taken into memory."""
-    bounded = _Bounded(url, file)
-    with tarfile.open(fileobj=bounded, mode="r|") as tar:
+    bounded: Any = _Bounded(url, file)
+    with tarfile.open(fileobj=bounded, mode="r|") as opened:
+        tar: Any = opened
         size = 0
         while True:
             bounded.left = size + _BETWEEN_MEMBERS
@@ -316,10 +317,8 @@ def _members(url: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
             _, suffix = base_plus_ext(member.name)
             is_picture = f".{(suffix or '').lower()}" in IMAGE_SUFFIXES and member.isreg() and not member.issparse()
             if is_picture and size <= MAX_BYTES:
-                data = tar.extractfile(member)
-                assert data is not None
                 bounded.left = size + _BETWEEN_MEMBERS
-                content = data.read()
+                content = tar.extractfile(member).read()
                 if len(content) < size:
                     raise ConnectionError(f"it ends within {member.name}")
                 yield {"fname": member.name, "data": content, "__url__": url}
