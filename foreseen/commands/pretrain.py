@@ -63,13 +63,14 @@ def run(config: "Config") -> "Outcome":
 def _builder(config: "Config", pictures: "ShardSet | TarStream", request: "Request") -> "Feeder":
     from foreseen.data.loader import BatchBuilder
     from foreseen.data.shards import ShardSet
-    from foreseen.data.stream import StreamBuilder
 
     data = config.data
     if isinstance(pictures, ShardSet):
         return BatchBuilder(
             pictures, request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block
         )
+    from foreseen.data.stream import StreamBuilder
+
     return StreamBuilder(
         pictures, request, config.seed, fast_decode=data.fast_decode, shuffle_buffer=data.shuffle_buffer
     )

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -17,15 +17,17 @@ from foreseen.data.cache import Packed, cache_folder, lock_cache, packed
 from foreseen.data.open_set import Access, open_set
 from foreseen.data.open_source import SourceOptions, is_packed
 from foreseen.data.shards import ShardSet
-from foreseen.data.stream import TarStream, is_stream, open_stream
 from foreseen.data.table import Columns
-from foreseen.data.urls import is_url
+from foreseen.data.urls import is_stream, is_url
 from foreseen.engine.launch import describe_devices, start
 from foreseen.engine.resume import check_same_config
 from foreseen.engine.run_folder import RunLock, describe_start, record_start
 from foreseen.errors import BadInput
 from foreseen.files import write_atomically
 from foreseen.masked import masked
+
+if TYPE_CHECKING:
+    from foreseen.data.stream import TarStream
 
 Say = Callable[[str], None]
 _PROCEDURAL_TRAIN, _PROCEDURAL_TEST = 6000, 1200
@@ -69,7 +71,7 @@ def open_shards(config: Config, split: str, accelerator: Accelerator) -> ShardSe
     return open_data(config.data, split, accelerator, size=max(config.views.size))
 
 
-def open_training_pictures(config: Config, accelerator: Accelerator) -> ShardSet | TarStream:
+def open_training_pictures(config: Config, accelerator: Accelerator) -> "ShardSet | TarStream":
     """What pretraining sees: a split of a set, or a stream of tars that have no index.
 
     Raises:
@@ -83,6 +85,8 @@ def open_training_pictures(config: Config, accelerator: Accelerator) -> ShardSet
             f"optim.warmup_epochs {config.optim.warmup_epochs:g} counts passes over data.path, whose length is not "
             "known: give optim.warmup_steps, or data.samples"
         )
+    from foreseen.data.stream import open_stream  # webdataset takes half a second
+
     steps = config.run.steps
     return open_stream(
         data.path,

@@ -180,7 +180,7 @@ class RemoteStore:
 
     def _fetch(self, window: Sequence[Piece]) -> list[bytes]:
         """All pieces at once; those that failed or came short are asked for again, a little later."""
-        found: dict[int, bytes] = {}
+        found = {row: b"" for row, piece in enumerate(window) if not piece.size}
         fault, failed, began = Exception(), "", time.monotonic()
         for tries, wait_s in enumerate((0.0, *network_faults.WAITS_S), start=1):
             time.sleep(wait_s)
@@ -197,7 +197,7 @@ class RemoteStore:
                         continue
                     raise refusal(failed, fault, tries, time.monotonic() - began) from fault
             if len(found) == len(window):
-                return [found[row] for row in range(len(window))]
+                return [data for _, data in sorted(found.items())]
         raise refusal(failed, fault, len(network_faults.WAITS_S) + 1, time.monotonic() - began) from fault
 
     def _ask(self, pieces: Sequence[Piece]) -> list[bytes | Exception]:

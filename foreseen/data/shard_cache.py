@@ -162,7 +162,8 @@ class CachedStore:
             with locked(self._root / _LOCK, waits=True):
                 os.ftruncate(number, 0)
                 if self._make_room(size):
-                    os.posix_fallocate(number, 0, max(size, 1))
+                    if hasattr(os, "posix_fallocate"):  # else a full disk is met while writing
+                        os.posix_fallocate(number, 0, max(size, 1))
                     os.ftruncate(number, size)
                     return
             time.sleep(_LOOK_AGAIN_S)  # all that is here is in use; no reader holds a shard while it waits for another

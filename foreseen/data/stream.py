@@ -30,7 +30,7 @@ from foreseen.data.loader import assemble, load
 from foreseen.data.network_faults import may_pass, refusal
 from foreseen.data.source import IMAGE_SUFFIXES
 from foreseen.data.store import MAX_BYTES
-from foreseen.data.urls import SHELL, check_url, is_url
+from foreseen.data.urls import SHELL, check_url
 from foreseen.data.views import Request
 from foreseen.errors import BadInput
 from foreseen.masked import masked
@@ -73,11 +73,6 @@ class TarStream:
     def fingerprint(self) -> str:
         """Changes with the list of tars; what is in them is not known."""
         return hashlib.blake2b("\n".join(map(masked, self.urls)).encode(), digest_size=16).hexdigest()
-
-
-def is_stream(path: str) -> bool:
-    """Whether `data.path` names tars, by URL, or a shell command, and no set."""
-    return path.startswith(SHELL) or (is_url(path) and path.partition("?")[0].endswith(".tar"))
 
 
 def open_stream(

@@ -20,6 +20,11 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None or text.startswith(SHELL) or "::" in text
 
 
+def is_stream(path: str) -> bool:
+    """Whether `data.path` names tars, by URL, or a shell command, and no set."""
+    return path.startswith(SHELL) or (is_url(path) and path.partition("?")[0].endswith(".tar"))
+
+
 def protocol_of(url: str) -> str:
     """What stands before `://`, in small letters."""
     return url.partition("://")[0].lower()

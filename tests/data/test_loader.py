@@ -1,5 +1,6 @@
 """A batch is a function of the seed and its positions: ranks, micro-batches, workers and damage change nothing else."""
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,12 +250,12 @@ def test_blocks_of_shards_are_a_stream_of_their_own_and_take_subsets(shards: Sha
         return BatchBuilder(shards, REQUEST, 5, block_shards=2).feed(BatchLayout(4, 4), 0, subset)
 
     found = [blocks()[number].sample.tolist() for number in range(12)]
-    assert sorted(sum(found, [])[:37]) == list(range(37))
+    assert sorted(list(itertools.chain(*found))[:37]) == list(range(37))
     assert found != [stream(shards, micro_size=4)[number].sample.tolist() for number in range(12)]
-    first = {sample // 10 for sample in sum(found[:4], [])}  # 16 of at least 17 samples of the first block
+    first = {sample // 10 for sample in itertools.chain(*found[:4])}  # 16 of at least 17 samples of the first block
     assert len(first) == 2
     subset = np.array([36, 3, 5, 21, 13, 34, 8, 30], dtype=np.int64)
-    taken = sum((blocks(subset)[number].sample.tolist() for number in range(2)), [])
+    taken = [sample for number in range(2) for sample in blocks(subset)[number].sample.tolist()]
     assert sorted(taken) == sorted(subset.tolist())
 
 

@@ -99,7 +99,9 @@ def test_a_block_takes_few_shards_and_mixes_them() -> None:
     assert [len(block) for block in blocks] == [5] * 4
     assert set().union(*blocks) == set(range(len(counts)))
     assert len(set(epoch[:50].tolist())) == 5  # a batch takes from all shards of the block
-    assert blocks != [set((order.samples(np.arange(2000, 4000)) // 100)[s : s + 500].tolist()) for s in range(0, 2000, 500)]
+    assert blocks != [
+        set((order.samples(np.arange(2000, 4000)) // 100)[s : s + 500].tolist()) for s in range(0, 2000, 500)
+    ]
     for start in range(0, 1500, 500):
         assert set(order.shards_ahead(start + 499)) == blocks[start // 500] | blocks[start // 500 + 1]
     following = set((order.samples(np.arange(2000, 2500)) // 100).tolist())

@@ -254,7 +254,9 @@ def test_a_shard_that_changes_under_a_run_is_named(bucket: str, s3: str, own_sha
     found = opened(bucket, storage_options=keys(s3))
     content = (own_shards / "train-000003.tar").read_bytes()
     client.put_object(Bucket=name, Key=f"{prefix}/train-000003.tar", Body=content[:1000])
-    with pytest.raises(BadInput, match=r"shard train-000003\.tar has changed under this run: it has 1,000 bytes and not"):
+    with pytest.raises(
+        BadInput, match=r"shard train-000003\.tar has changed under this run: it has 1,000 bytes and not"
+    ):
         found.read(36)
     time.sleep(1.1)  # S3 tells whole seconds
     client.put_object(Bucket=name, Key=f"{prefix}/train-000003.tar", Body=bytes(len(content)))
@@ -314,8 +316,14 @@ def test_no_name_leads_out_of_the_folder() -> None:
 
 def test_credentials_are_masked() -> None:
     assert masked("get https://me:pw@host/a?X-Sig=abc&b=c failed") == "get https://***@host/a?X-Sig=***&b=*** failed"
-    shown = masked_options({"endpoint_url": "http://u:p@h", "secret": "s", "client_kwargs": {"headers": "h", "verify": False}})
-    assert shown == {"endpoint_url": "http://***@h", "secret": "***", "client_kwargs": {"headers": "***", "verify": False}}
+    shown = masked_options(
+        {"endpoint_url": "http://u:p@h", "secret": "s", "client_kwargs": {"headers": "h", "verify": False}}
+    )
+    assert shown == {
+        "endpoint_url": "http://***@h",
+        "secret": "***",
+        "client_kwargs": {"headers": "***", "verify": False},
+    }
     assert masked_argument("data.storage_options.secret=s") == "data.storage_options.secret=***"
     assert masked_argument("data.storage_options={key: s}") == "data.storage_options=***"
     assert masked_argument("data.storage_options.anon=true") == "data.storage_options.anon=true"
