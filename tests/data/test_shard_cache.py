@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,17 @@ def test_a_shard_that_is_read_is_never_deleted(http: Http, tmp_path: Path) -> No
             store.pread(f"{other}.tar", 1, 0)
         assert "0.tar" in names(tmp_path / "cache")
         assert os.pread(number, 1, 0) == b"\1"
+
+
+def test_who_finds_all_shards_in_use_waits_and_the_bound_holds(http: Http, tmp_path: Path) -> None:
+    store = cache(http, tmp_path / "cache", SIZE)
+    with ThreadPoolExecutor(1) as threads:
+        with store._held("0.tar"):
+            waiting = threads.submit(store.pread, "1.tar", 1, 0)
+            time.sleep(0.3)
+            assert not waiting.done()
+            assert held(tmp_path / "cache") <= SIZE
+        assert waiting.result(20) == b"\2"
 
 
 def fetch_slowly(store: CachedStore) -> None:
