@@ -74,7 +74,7 @@ def run(config: "Config") -> "Outcome":
         shards = open_shards(config, config.data.split, accelerator)
         if shards.labels is None:
             raise BadInput(
-                f"split {shards.split!r} of data.path {config.data.path} has no labels; they come from class folders "
+                f"split {shards.split!r} of data.path {shards.place} has no labels; they come from class folders "
                 "(ROOT/class/*.jpg, and no picture outside one), from a column of a CSV (data.columns.label), or from "
                 "foreseen data pack SRC OUT --labels folder"
             )

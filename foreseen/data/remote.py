@@ -291,8 +291,9 @@ def _file_system(protocol: str, options: Mapping[str, Any]) -> Any:
     if protocol in ("s3", "s3a"):
         patience = {"connect_timeout": _CONNECT_S, "read_timeout": _READ_S, "retries": {"max_attempts": 0}}
         made["config_kwargs"] = {"max_pool_connections": _AT_ONCE} | patience | made.get("config_kwargs", {})
+    kind = _import(protocol)
     try:
-        files = _import(protocol)(**made)
+        files = kind(**made)
     except (TypeError, ValueError, OSError) as error:
         raise BadInput(f"data.storage_options do not suit {protocol}:// ({masked(str(error))})") from None
     if protocol in ("s3", "s3a"):

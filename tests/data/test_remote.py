@@ -301,6 +301,8 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch: pyte
     remote._import.cache_clear()
     monkeypatch.setitem(remote.PROTOCOLS, "s3", "no_such_package")
     monkeypatch.setitem(remote.PROTOCOLS, "gs", "no_such_package")
+    with pytest.raises(BadInput, match=r"^az:// needs the package adlfs: pip install adlfs"):
+        opened("az://container/x")
     with pytest.raises(BadInput, match=r"s3:// needs the package no_such_package: pip install"):
         opened("s3://bucket/x")
     monkeypatch.setattr(remote, "_IN_EXTRA", ("no_such_package",))
