@@ -14,7 +14,7 @@ import pytest
 
 from foreseen.data import network_faults
 from foreseen.data.remote import RemoteStore
-from foreseen.data.shard_cache import CachedStore, make_cache_folder
+from foreseen.data.shard_cache import CachedStore, locked, make_cache_folder
 from foreseen.data.store import Piece
 from foreseen.errors import BadInput
 from tests.servers import Http, http_server
@@ -44,7 +44,10 @@ def cache(http: Http, folder: Path, limit: int, *, ahead: bool = False) -> Cache
 
 
 def held(folder: Path) -> int:
-    return sum(file.stat().st_size for file in (folder / "set").iterdir())
+    """Bytes in the cache at one moment: space is taken and given back under this lock; a rename changes no inode."""
+    with locked(folder / ".lock", waits=True):
+        found = [file.stat() for file in (folder / "set").iterdir()]
+    return sum({facts.st_ino: facts.st_size for facts in found}.values())
 
 
 def names(folder: Path) -> set[str]:
@@ -98,7 +101,7 @@ def test_processes_share_a_cache_and_hold_its_bound(http: Http, tmp_path: Path) 
     while any(process.is_alive() for process in processes):
         try:
             most = max(most, held(tmp_path / "cache"))
-        except FileNotFoundError:  # deleted while it was counted
+        except FileNotFoundError:  # renamed while it was counted
             continue
         time.sleep(0.002)
     assert [process.exitcode for process in processes] == [0, 0, 0]
