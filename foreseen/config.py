@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from foreseen.errors import BadInput
+from foreseen.masked import masked, masked_options
 
 RECIPES = Path(__file__).parent / "configs"
 
@@ -67,8 +68,32 @@ class Data(Section):
     """Which pictures."""
 
     path: str | None = None
-    """Folder of shards, as `foreseen data pack` writes it; or a folder of pictures, a CSV, JSON lines, a list of paths,
-    `hf:NAME` or `torchvision:NAME@DIR`, which are packed into a cache, once. Null draws procedural pets."""
+    """Folder of shards, as `foreseen data pack` writes it, or its URL (`s3://`, `gs://`, `https://`); or a folder of
+    pictures, a CSV, JSON lines, a list of paths, `hf:NAME` or `torchvision:NAME@DIR`, which are packed into a cache,
+    once. The URL of tars without an index, `https://HOST/NAME-{000000..000009}.tar`, is streamed. Null draws procedural
+    pets."""
+    shards_at: str | None = None
+    """Folder or URL where the tars lie, if not beside the manifest."""
+    fetch: Literal["range", "shard"] = "range"
+    """Of shards behind a URL: each picture by itself, many at a time, or whole shards into a cache on this machine."""
+    cache_dir: Path | None = None
+    """Where whole shards are kept, for all ranks of a machine; null takes XDG_CACHE_HOME/foreseen/shards."""
+    cache_gb: float = Field(50.0, gt=0)
+    """Most gigabytes (1e9 bytes) of whole shards kept there; those used longest ago go first."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the server's file system in fsspec, such as `endpoint_url` or `anon`. Credentials are better given in
+    the environment; here they reach no record and no message."""
+    order: Literal["full", "block"] = "full"
+    """`full` takes every sample from any shard; `block` permutes the shards, and the samples within each block of
+    `block_shards`, so that few shards are needed at a time. Another order is another run."""
+    block_shards: int = Field(16, ge=1)
+    """Shards in a block: the larger, the better mixed."""
+    samples: int | None = Field(None, ge=1)
+    """Of a stream: samples that make an epoch; null makes the whole run one, and needs `run.steps`."""
+    shuffle_buffer: int = Field(1000, ge=1)
+    """Of a stream: pictures from which each loader process draws the next one."""
+    allow_shell_urls: bool = False
+    """Of a stream: run `pipe:COMMAND` in a shell. Whoever writes `data.path` may then run anything."""
     columns: Columns = Columns()
     hf_config: str | None = None
     """Configuration of a Hugging Face set that has several."""
@@ -89,6 +114,11 @@ class Data(Section):
     """Decode plain JPEGs with torchcodec where it is installed (extra `fast`)."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     """Share of unreadable samples at which the run stops."""
+
+    @property
+    def shards_in_block(self) -> int | None:
+        """Of the block order; None with the full one."""
+        return self.block_shards if self.order == "block" else None
 
 
 class Model(Section):
@@ -287,9 +317,18 @@ class Config(Section):
             }
         )
 
+    def public(self) -> dict[str, Any]:
+        """As plain values for records, without credentials."""
+        raw = self.model_dump(mode="json")
+        data = raw["data"]
+        data["storage_options"] = masked_options(data["storage_options"])
+        for section, key in ((data, "path"), (data, "shards_at"), (raw["probe"], "data")):
+            section[key] = None if section[key] is None else masked(section[key])
+        return raw
+
     def to_yaml(self) -> str:
-        """The resolved config as a recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+        """The resolved config as a recipe, without credentials."""
+        return yaml.safe_dump(self.public(), sort_keys=False, default_flow_style=None, width=120)
 
 
 def recipe_names(verb: str) -> list[str]:

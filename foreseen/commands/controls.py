@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from foreseen.commands.jobs import Jobs, is_main_rank, say
 from foreseen.errors import BadInput
+from foreseen.masked import masked
 
 if TYPE_CHECKING:
     from foreseen.config import Config
@@ -189,7 +190,7 @@ def _check(config: "Config", seeds: int) -> None:
         raise BadInput(f"--seeds must be 1 or more, got {seeds}")
     test = open_shards(config, config.data.test_split, start(config.compute))
     if test.labels is None or not (test.labels >= 0).any():
-        raise BadInput(f"split {test.split!r} of data.path {config.data.path} has no labels to compare by")
+        raise BadInput(f"split {test.split!r} of data.path {test.place} has no labels to compare by")
 
 
 def as_the_encoder(config: "Config", encoder: "EncoderFolder") -> "Config":
@@ -362,7 +363,7 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     Returns:
         The report: a Markdown table and a verdict.
     """
-    from foreseen.data.shards import ShardSet
+    from foreseen.data.open_set import recall_set
     from foreseen.engine.run_folder import describe_start
     from foreseen.files import write_atomically
     from foreseen.handoff.seen import count_seen, describe_seen
@@ -382,7 +383,7 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     tried = plan.seeds[: plan.tuning_seeds]
     config = plan.pretrained.config
     first = _result(plan.pretrained.seeded(plan.seeds[0]))
-    test = ShardSet.open(Path(first["test_data"]["path"]), first["test_data"]["split"])
+    test = recall_set(first["test_data"]["path"], first["test_data"]["split"])
     seen = count_seen(lineage, test)
     sentences = [_sentence(sides[name][1], difference) for name, difference in differences.items()]
     notes = (_edge_of_grid(plan, chosen), describe_seen(seen, test))
@@ -391,7 +392,7 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
         "encoder": config.model.init_from,
         "method": lineage.get("method"),
         "labels": {
-            "data": str(config.data.path),
+            "data": masked(str(config.data.path)),
             "training": first["training_samples"],
             "validation": first["validation"]["count"],
             "seeds": list(plan.seeds),
@@ -474,7 +475,7 @@ def _add_to_card(config: "Config", record: dict[str, Any], report: str) -> None:
     folder = Path(config.model.init_from or "")
     if not (folder / "README.md").is_file():
         return
-    data = config.data.path or "procedural pets"
+    data = masked(config.data.path or "procedural pets")
     try:
         add_section(folder, f"Did pretraining help? {data}, {describe_labels(record['labels'])}", report)
     except OSError as error:

@@ -74,7 +74,7 @@ def run(config: "Config") -> "Outcome":
         shards = open_shards(config, config.data.split, accelerator)
         if shards.labels is None:
             raise BadInput(
-                f"split {shards.split!r} of data.path {config.data.path} has no labels; they come from class folders "
+                f"split {shards.split!r} of data.path {shards.place} has no labels; they come from class folders "
                 "(ROOT/class/*.jpg, and no picture outside one), from a column of a CSV (data.columns.label), or from "
                 "foreseen data pack SRC OUT --labels folder"
             )
@@ -84,14 +84,16 @@ def run(config: "Config") -> "Outcome":
         )
         if not len(subsets.validation):
             raise BadInput(
-                f"no class of data.path {shards.path} has two labels, so none can be set aside for validation"
+                f"no class of data.path {shards.place} has two labels, so none can be set aside for validation"
             )
         _look_at_test(config, accelerator)
         config = config.with_length(len(subsets.train))
         record_config(config, accelerator)
         num_classes = shards.num_classes
         objective = METHODS[config.method.name].build(config, num_classes)
-        builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=data.fast_decode)
+        builder = BatchBuilder(
+            shards, objective.request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block
+        )
         judge = BatchBuilder(shards, objective.evaluation_request(), config.seed, fast_decode=data.fast_decode)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         size = config.batch.micro_size or max(1, config.batch.global_size // ranks)
@@ -125,7 +127,7 @@ def _look_at_test(config: "Config", accelerator: "Accelerator") -> None:
         return
     if test.labels is None or not (test.labels >= 0).any():
         raise BadInput(
-            f"split {test.split!r} of {test.path} has no labels to be scored by; name a labelled one in "
+            f"split {test.split!r} of {test.place} has no labels to be scored by; name a labelled one in "
             "data.test_split, or one that is not there, such as none, to train without a score"
         )
 
@@ -184,7 +186,7 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
         judge = BatchBuilder(shards, request, config.seed, fast_decode=config.data.fast_decode)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         sweep = SweepDataset(judge, size, rank=rank, ranks=ranks)
-        result["test_data"] = {"path": str(shards.path.resolve()), "split": shards.split}
+        result["test_data"] = {"path": shards.address, "split": shards.split}
         result["test"] = evaluate(job.objective, sweep, accelerator, config.compute, workers=config.data.workers)
     except BadInput as error:
         accelerator.print(f"no test score: {error}")

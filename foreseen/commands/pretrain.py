@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from foreseen.config import Config
+    from foreseen.data.feed import Feeder
     from foreseen.data.shards import ShardSet
+    from foreseen.data.stream import TarStream
+    from foreseen.data.views import Request
     from foreseen.engine.online_probe import OnlineProbe
     from foreseen.engine.train import Outcome
     from foreseen.handoff.encoder import Preprocessing
@@ -30,21 +33,20 @@ def run(config: "Config") -> "Outcome":
     Args:
         config: of the verb "pretrain".
     """
-    from foreseen.commands.session import open_shards, record_config, session
-    from foreseen.data.loader import BatchBuilder
+    from foreseen.commands.session import open_training_pictures, record_config, session
     from foreseen.engine.train import Job, train
     from foreseen.handoff.encoder import Preprocessing, parents_of, save_encoder
     from foreseen.handoff.lineage import describe_lineage
     from foreseen.pretrain.methods import METHODS
 
     with session(config) as (accelerator, say):
-        shards = open_shards(config, config.data.split, accelerator)
-        config = config.with_length(len(shards))
+        pictures = open_training_pictures(config, accelerator)
+        config = config.with_length(len(pictures))
         record_config(config, accelerator)
         objective = METHODS[config.method.name].build(config)
-        builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=config.data.fast_decode)
+        builder = _builder(config, pictures, objective.request)
         seen = Preprocessing.of_view(objective.request.views[0])
-        probe = _online_probe(config, shards, seen, accelerator)
+        probe = _online_probe(config, pictures, seen, accelerator)
         parents = parents_of(objective.encoder())
         outcome = train(Job(config, objective, builder, probe=probe, parents=parents), accelerator)
         if accelerator.is_main_process:
@@ -52,27 +54,51 @@ def run(config: "Config") -> "Outcome":
                 say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
             else:
                 folder = config.run.dir / "encoder"
-                lineage = describe_lineage(config, shards, outcome.step, outcome.parents)
+                lineage = describe_lineage(config, pictures, outcome.step, outcome.parents)
                 save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
                 say(f"encoder: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
     return outcome
 
 
+def _builder(config: "Config", pictures: "ShardSet | TarStream", request: "Request") -> "Feeder":
+    from foreseen.data.loader import BatchBuilder
+    from foreseen.data.shards import ShardSet
+
+    data = config.data
+    if isinstance(pictures, ShardSet):
+        return BatchBuilder(
+            pictures, request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block
+        )
+    from foreseen.data.stream import StreamBuilder
+
+    return StreamBuilder(
+        pictures, request, config.seed, fast_decode=data.fast_decode, shuffle_buffer=data.shuffle_buffer
+    )
+
+
 def _online_probe(
-    config: "Config", shards: "ShardSet", seen: "Preprocessing", accelerator: "Accelerator"
+    config: "Config", pictures: "ShardSet | TarStream", seen: "Preprocessing", accelerator: "Accelerator"
 ) -> "OnlineProbe | None":
     from foreseen.commands.session import open_data
+    from foreseen.data.shards import ShardSet
     from foreseen.engine.online_probe import OnlineProbe
+    from foreseen.errors import BadInput
 
     options = config.probe
     if options.every is None:
         return None
     if options.data is not None:
-        named = config.data.model_copy(update={"path": options.data})  # cut as fine-tuning will cut it
-        shards = open_data(named, options.split, accelerator, size=max(config.views.size))
+        # Cut as fine-tuning will cut it.
+        named = config.data.model_copy(update={"path": options.data, "shards_at": None})
+        pictures = open_data(named, options.split, accelerator, size=max(config.views.size))
+    if not isinstance(pictures, ShardSet):
+        raise BadInput(
+            f"data.path {pictures.place} is a stream, and a probe looks at the same pictures again and again; name a "
+            "packed set in probe.data, or set probe.every=null"
+        )
     return OnlineProbe(
         options,
-        shards,
+        pictures,
         seen.view(),
         has_labels=options.data is not None or options.labels,
         seed=config.data.subset_seed,

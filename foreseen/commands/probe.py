@@ -130,7 +130,7 @@ class _Exam:
 
         if test.labels is None or shards.labels is None or not (test.labels >= 0).any():
             raise BadInput(
-                f"split {test.split!r} of {test.path} has no labels to judge by; name a labelled one with --test-split"
+                f"split {test.split!r} of {test.place} has no labels to judge by; name a labelled one with --test-split"
             )
         parts = labelled_subsets(
             shards.labels, validation_fraction=_VALIDATION_FRACTION, shots=self.shots, seed=self.seed

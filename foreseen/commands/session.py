@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -14,14 +14,20 @@ from accelerate import Accelerator
 from foreseen.commands.progress import progress
 from foreseen.config import Config, Data
 from foreseen.data.cache import Packed, cache_folder, lock_cache, packed
+from foreseen.data.open_set import Access, open_set
 from foreseen.data.open_source import SourceOptions, is_packed
 from foreseen.data.shards import ShardSet
 from foreseen.data.table import Columns
+from foreseen.data.urls import is_stream, is_url
 from foreseen.engine.launch import describe_devices, start
 from foreseen.engine.resume import check_same_config
 from foreseen.engine.run_folder import RunLock, describe_start, record_start
 from foreseen.errors import BadInput
 from foreseen.files import write_atomically
+from foreseen.masked import masked
+
+if TYPE_CHECKING:
+    from foreseen.data.stream import TarStream
 
 Say = Callable[[str], None]
 _PROCEDURAL_TRAIN, _PROCEDURAL_TEST = 6000, 1200
@@ -65,25 +71,58 @@ def open_shards(config: Config, split: str, accelerator: Accelerator) -> ShardSe
     return open_data(config.data, split, accelerator, size=max(config.views.size))
 
 
+def open_training_pictures(config: Config, accelerator: Accelerator) -> "ShardSet | TarStream":
+    """What pretraining sees: a split of a set, or a stream of tars that have no index.
+
+    Raises:
+        BadInput: neither can be read as the config says.
+    """
+    data = config.data
+    if data.path is None or not is_stream(data.path):
+        return open_shards(config, data.split, accelerator)
+    if data.samples is None and config.optim.warmup_epochs and config.optim.warmup_steps is None:
+        raise BadInput(
+            f"optim.warmup_epochs {config.optim.warmup_epochs:g} counts passes over data.path, whose length is not "
+            "known: give optim.warmup_steps, or data.samples"
+        )
+    from foreseen.data.stream import open_stream  # webdataset takes half a second
+
+    steps = config.run.steps
+    return open_stream(
+        data.path,
+        data.storage_options,
+        samples=data.samples,
+        run_samples=None if steps is None else steps * config.batch.global_size,
+        allow_shell=data.allow_shell_urls,
+    )
+
+
 def open_data(data: Data, split: str, accelerator: Accelerator, *, size: int) -> ShardSet:
     """A split of the set that a `data` section names.
 
-    Procedural pets, `size` pixels wide, are drawn, and what is no set of shards is packed, once into a cache. A
-    source's validation split stands in for a test split that it has not.
+    A set behind a URL is read from there. Procedural pets, `size` pixels wide, are drawn, and what is no set of shards
+    is packed, once into a cache. A source's validation split stands in for a test split that it has not.
     """
+    path: str | Path
     if data.path is None:
         path = procedural_pets(size, accelerator)
-    elif is_packed(data.path):
-        path = Path(data.path).expanduser()
+    elif is_stream(data.path):
+        raise BadInput(
+            f"data.path {masked(data.path)} names tars without an index, which only pretraining can stream: give the "
+            "folder or URL of a packed set, or make an index with `foreseen data index`"
+        )
+    elif is_url(data.path) or is_packed(data.path):
+        path = data.path
     else:
         options = SourceOptions(columns=Columns(**data.columns.model_dump()), hf_config=data.hf_config)
         found = _pack_once(accelerator, data.path, options, data.test_fraction)
         path = found.path
         if split == "test" and found.test_split is not None:
             split = found.test_split
-    shards = ShardSet.open(path, split)
-    shards.check_sizes()
-    return shards
+    access = Access(
+        data.shards_at, data.fetch, data.cache_dir, data.cache_gb, data.storage_options, data.shards_in_block
+    )
+    return open_set(path, split, access, accelerator.print)
 
 
 @lru_cache(maxsize=4)  # by session: a source that changes under a run is noticed by the next one

@@ -10,6 +10,7 @@ import multiprocessing.forkserver
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import BaseContext
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.decode import DecodeError, decode
-from foreseen.data.order import Order
+from foreseen.data.order import BlockOrder, Order, SampleOrder
 from foreseen.data.shards import CorruptSample, ShardSet
 from foreseen.data.views import Request, ViewCutter
 from foreseen.device_keys import as_tensor
@@ -39,17 +40,28 @@ class BatchBuilder:
         request: what the objective wants of each sample.
         seed: of the run.
         fast_decode: use torchcodec for the JPEGs that it is safe for, where it is installed.
+        block_shards: shards that the order takes its samples from at a time; None for all.
     """
 
-    def __init__(self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True) -> None:
+    def __init__(
+        self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True,
+        block_shards: int | None = None,
+    ) -> None:  # fmt: skip
         if request.labels and shards.labels is None:
             raise BadInput(
-                f"data.path {shards.path} holds no labels in split {shards.split!r}, and this job needs them"
+                f"data.path {shards.place} holds no labels in split {shards.split!r}, and this job needs them"
             )
         self.shards = shards
         self.request = request
         self.seed = seed
         self.fast_decode = fast_decode
+        self.block_shards = block_shards
+
+    def feed(
+        self, layout: BatchLayout, rank: int, subset: NDArray[np.int64] | None = None
+    ) -> "StreamDataset":  # fmt: skip
+        """The endless stream of a rank."""
+        return StreamDataset(self, layout, rank, subset)
 
     def build(self, positions: NDArray[np.int64], samples: NDArray[np.int64], pool: NDArray[np.int64] | None) -> Batch:
         """Make the batch of `samples` standing at `positions`.
@@ -60,55 +72,81 @@ class BatchBuilder:
             pool: sample numbers that a substitute is drawn from; None for the whole set.
         """
         keys = sample_keys(self.seed, positions)
-        cutter = ViewCutter(self.request.views, keys)
         used = samples.copy()
         problems: list[str] = []
-        for row in range(len(samples)):
-            image, used[row] = self._readable_image(int(samples[row]), keys[row : row + 1], pool, problems)
-            cutter.cut(row, image)
+        images = self._readable_images(used, keys, pool, problems)
+        batch = assemble(self.request, self.seed, positions, images)
         label = None
         if self.request.labels and self.shards.labels is not None:
             label = torch.from_numpy(self.shards.labels[used].astype(np.int64))
-        return Batch(
-            position=torch.from_numpy(positions),
-            key=as_tensor(keys),
-            sample=torch.from_numpy(used),
-            images=cutter.tensors,
-            draws=self._draws(positions),
-            label=label,
-            problems=tuple(problems),
-        )
+        return replace(batch, sample=torch.from_numpy(used), label=label, problems=tuple(problems))
 
-    def _readable_image(
-        self, sample: int, key: Keys, pool: NDArray[np.int64] | None, problems: list[str]
+    def _readable_images(
+        self, used: NDArray[np.int64], keys: Keys, pool: NDArray[np.int64] | None, problems: list[str]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """The picture of each sample of `used`; what cannot be read is replaced, there too."""
+        for row, data in enumerate(self.shards.read_many(used.tolist())):
+            image, problem = self._decode(int(used[row]), data)
+            if image is None:
+                problems.append(problem)
+                image, used[row] = self._substitute(keys[row : row + 1], pool, problems)
+            yield image
+
+    def _decode(self, sample: int, data: bytes | CorruptSample | OSError) -> tuple[NDArray[np.uint8] | None, str]:
+        """The pixels of a sample, or what is wrong with it."""
+        try:
+            if isinstance(data, bytes):
+                return decode(data, fast=self.fast_decode), ""
+            raise data
+        except (DecodeError, OSError) as error:
+            return None, f"{self.shards.describe(sample)}: {error}"
+        except CorruptSample as error:  # it names the sample itself
+            return None, str(error)
+
+    def _substitute(
+        self, key: Keys, pool: NDArray[np.int64] | None, problems: list[str]
     ) -> tuple[NDArray[np.uint8], int]:
-        for attempt in range(_SUBSTITUTES + 1):
-            try:
-                return decode(self.shards.read(sample), fast=self.fast_decode), sample
-            except (DecodeError, OSError) as error:
-                problems.append(f"{self.shards.describe(sample)}: {error}")
-            except CorruptSample as error:  # it names the sample itself
-                problems.append(str(error))
+        for attempt in range(_SUBSTITUTES):
             # A function of the key and the attempt, so that every run replaces alike and no other sample moves.
             draw = float(uniform(subkeys(key, f"substitute/{attempt}"), "sample", 1)[0, 0])
             choices = len(self.shards) if pool is None else len(pool)
             sample = int(draw * choices) if pool is None else int(pool[int(draw * choices)])
+            image, problem = self._decode(sample, next(self.shards.read_many([sample])))
+            if image is not None:
+                return image, sample
+            problems.append(problem)
         raise BadInput(
-            f"{_SUBSTITUTES + 1} samples in a row of {self.shards.path} could not be read, the last: {problems[-1]}; "
+            f"{_SUBSTITUTES + 1} samples in a row of {self.shards.place} could not be read, the last: {problems[-1]}; "
             "the set is damaged, pack it again"
         )
 
-    def _draws(self, positions: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        drawn = {}
-        for draw in self.request.draws:
-            owners = positions - positions % draw.group
-            keys = sample_keys(self.seed, owners)
-            # As uint64: of a list with integers on both sides of 2**63 numpy would make floats, and lose bits.
-            tags = np.full_like(keys, stream_constant(f"draw/{draw.name}"))
-            generators = (np.random.Generator(np.random.Philox(key=pair)) for pair in np.stack([keys, tags], axis=1))
-            rows = [draw.function(*pair) for pair in zip(generators, owners.tolist(), strict=True)]
-            drawn[draw.name] = torch.from_numpy(np.stack(rows))
-        return drawn
+
+def assemble(request: Request, seed: int, positions: NDArray[np.int64], images: Iterator[NDArray[np.uint8]]) -> Batch:
+    """A batch without labels and sample numbers, from as many pictures as there are positions, one at a time."""
+    keys = sample_keys(seed, positions)
+    cutter = ViewCutter(request.views, keys)
+    for row in range(len(positions)):
+        cutter.cut(row, next(images))
+    return Batch(
+        position=torch.from_numpy(positions),
+        key=as_tensor(keys),
+        sample=torch.full((len(positions),), -1, dtype=torch.int64),
+        images=cutter.tensors,
+        draws=_draws(request, seed, positions),
+    )
+
+
+def _draws(request: Request, seed: int, positions: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+    drawn = {}
+    for draw in request.draws:
+        owners = positions - positions % draw.group
+        keys = sample_keys(seed, owners)
+        # As uint64: of a list with integers on both sides of 2**63 numpy would make floats, and lose bits.
+        tags = np.full_like(keys, stream_constant(f"draw/{draw.name}"))
+        generators = (np.random.Generator(np.random.Philox(key=pair)) for pair in np.stack([keys, tags], axis=1))
+        rows = [draw.function(*pair) for pair in zip(generators, owners.tolist(), strict=True)]
+        drawn[draw.name] = torch.from_numpy(np.stack(rows))
+    return drawn
 
 
 class StreamDataset(Dataset[Batch]):
@@ -128,13 +166,51 @@ class StreamDataset(Dataset[Batch]):
         self.layout = layout
         self.rank = rank
         self.subset = subset
-        self.order = Order(builder.seed, len(builder.shards) if subset is None else len(subset))
+        self.notes: tuple[str, ...] = ()
+        self.order: SampleOrder
+        if builder.block_shards is None:
+            self.order = Order(builder.seed, len(builder.shards) if subset is None else len(subset))
+        else:
+            if subset is not None:
+                self.subset = np.sort(subset)
+            counts = _samples_taken(builder.shards.shard_samples, self.subset)
+            self.order = BlockOrder(builder.seed, counts, builder.block_shards)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that take part."""
+        return self.order.num_samples
+
+    @property
+    def order_name(self) -> str:
+        """See `Feed`."""
+        return self.order.name
+
+    def example(self) -> Batch:
+        """The first micro-batch."""
+        return self[0]
+
+    def batches(self, first_step: int, total_steps: int, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+        """See `Feed`."""
+        numbers = range(first_step * self.layout.accumulation, total_steps * self.layout.accumulation)
+        return load(self, numbers, workers=workers, pin_memory=pin_memory)
 
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self.layout.accumulation)
         positions = self.layout.positions(step, self.rank, micro)
+        if isinstance(self.order, BlockOrder):
+            self.builder.shards.expect(self.order.shards_ahead(int(positions[-1])))
         samples = self.order.samples(positions)
         return self.builder.build(positions, samples if self.subset is None else self.subset[samples], self.subset)
+
+
+def _samples_taken(shard_samples: list[int], subset: NDArray[np.int64] | None) -> list[int]:
+    """How many samples of each shard take part; `subset` rises."""
+    if subset is None:
+        return shard_samples
+    ends = np.cumsum([0, *shard_samples])
+    found: list[int] = np.diff(np.searchsorted(subset, ends)).tolist()
+    return found
 
 
 class SweepDataset(Dataset[Batch]):
@@ -161,8 +237,10 @@ class SweepDataset(Dataset[Batch]):
         return self.builder.build(samples, samples, self.subset)
 
 
-def load(dataset: Dataset[Batch], numbers: range, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+def load(dataset: Dataset[Batch], numbers: range | None, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Iterate over the items `numbers` of a data set, in their order, made ahead of time by worker processes.
+
+    With `numbers` None the data set is one of torch's that are iterated over; its workers take turns.
 
     Workers come from a fork server, since forking a process that runs threads is unsafe; they die with their parent.
     """

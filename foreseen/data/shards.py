@@ -1,8 +1,9 @@
 """Read single samples out of packed shards, by number, in any order.
 
 Nothing is read in sequence and nothing is extracted: the index says where each picture lies in its tar, and one
-`pread` fetches it. The index is memory-mapped, so all workers of a machine share the pages that they touch, and a set
-of 100 million samples opens at once. Neither torch nor Pillow is needed here.
+`pread` of a store fetches it, from a folder or from a server. The index is memory-mapped, so all workers of a machine
+share the pages that they touch, and a set of 100 million samples opens at once. Neither torch nor Pillow is needed
+here.
 
 One index a split rather than one a shard: a large set has 100,000 shards, and opening as many small files takes longer
 than all the rest of the start.
@@ -10,11 +11,10 @@ than all the rest of the start.
 
 import hashlib
 import json
-import os
 import zlib
 from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreseen.data.manifest import Split, read_manifest
+from foreseen.data.store import MAX_BYTES, LocalStore, Piece, Store
 from foreseen.errors import BadInput
 
 # Offsets in a tar are multiples of 512, so 32 bits of them reach 2 TB; crc32 0 means not known.
 INDEX_ROW = np.dtype([("offset_512", "<u4"), ("size", "<u4"), ("crc32", "<u4")])
 TAR_BLOCK = 512
-_MAX_OPEN_SHARDS = 128
 
 
 class CorruptSample(ValueError):
@@ -38,11 +38,14 @@ class CorruptSample(ValueError):
 class ShardSet:
     """One split of a packed set; `ShardSet.open` makes it.
 
-    It may be sent to worker processes and used by several threads: the files are opened when first needed, at most 128
-    at a time, and never share a file position.
+    It may be sent to worker processes and used by several threads.
 
     Attributes:
-        path, split: what was opened.
+        path, split: folder with the manifest and the index, and what was opened of it.
+        place: what a person calls the set: that folder, or the URL that it was fetched from.
+        store: where the shards are read.
+        shard_samples, shard_bytes: of each shard, in order.
+        source, licence: where the pictures came from, and under which terms.
         classes: class names, or None.
         mean, std: of each RGB channel in [0, 1], or None.
         labels: class number of every sample, [N] int32, -1 where unlabelled; None when the split has no labels.
@@ -50,34 +53,38 @@ class ShardSet:
     """
 
     def __init__(
-        self, path: Path, split: str, entry: Split, classes: tuple[str, ...] | None, index: NDArray[Any], labels: Any
-    ) -> None:
+        self, path: Path, split: str, entry: Split, classes: tuple[str, ...] | None, index: NDArray[Any], labels: Any,
+        store: Store, place: str,
+    ) -> None:  # fmt: skip
         self.path, self.split, self.classes = path, split, classes
+        self.place, self.store = place, store
         self.mean, self.std = entry.mean, entry.std
+        self.source, self.licence = entry.source, entry.licence
         self.labels: NDArray[np.int32] | None = labels
         self.fingerprint = _fingerprint(entry)
         self._shards = entry.shards
         self._starts = [0, *accumulate(shard.samples for shard in entry.shards)]
         self._index = index
-        self._open_shard = lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._open_file)
 
     @classmethod
-    def open(cls, path: str | Path, split: str) -> Self:
-        """Open one split of the packed set in a folder.
+    def open(cls, path: str | Path, split: str, store: Store | None = None, place: str | None = None) -> Self:
+        """Open one split of the packed set in a folder; `open_set` also opens one behind a URL.
+
+        Args:
+            path: folder with the manifest and the index.
+            split: which.
+            store: where the shards are; None for the same folder.
+            place: what a person calls the set; None for the folder.
 
         Raises:
             BadInput: the folder is missing, empty or not a packed set, it has no such split, or its index is broken.
         """
         path = Path(path)
         manifest = read_manifest(path)
-        if (entry := manifest.splits.get(split)) is None:
-            near = get_close_matches(split, manifest.splits, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            has = ", ".join(sorted(manifest.splits)) or "none"
-            raise BadInput(f"{path} has no split {split!r}, it has {has}{hint}")
+        entry = find_split(manifest.splits, split, place or str(path))
         index = _map_array(path / entry.index, INDEX_ROW, entry.samples)
         labels = None if entry.labels is None else _map_array(path / entry.labels, np.dtype("<i4"), entry.samples)
-        return cls(path, split, entry, manifest.classes, index, labels)
+        return cls(path, split, entry, manifest.classes, index, labels, store or LocalStore(path), place or str(path))
 
     def __len__(self) -> int:
         return len(self._index)
@@ -104,7 +111,20 @@ class ShardSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker maps the files itself: sending the object must not send a gigabyte of index.
-        return (type(self).open, (self.path, self.split))
+        return (type(self).open, (self.path, self.split, self.store, self.place))
+
+    @property
+    def address(self) -> str:
+        """Where another process finds the set: the whole path of its folder, or its URL."""
+        return self.place if "://" in self.place else str(self.path.resolve())
+
+    @property
+    def shard_samples(self) -> list[int]:
+        return [shard.samples for shard in self._shards]
+
+    @property
+    def shard_bytes(self) -> list[int]:
+        return [shard.bytes for shard in self._shards]
 
     def read(self, sample: int) -> bytes:
         """The encoded picture of one sample, in [0, len).
@@ -114,16 +134,33 @@ class ShardSet:
         Raises:
             IndexError: there is no such sample.
             CorruptSample: the bytes differ from those packed, or the shard ends before them.
-            BadInput: the shard has gone.
+            BadInput: the shard has gone, or is another one than was packed.
         """
-        shard = self._shard_of(sample)
-        offset_512, size, crc32 = self._index[sample].item()
-        data = self._pread(shard, size, offset_512 * TAR_BLOCK)
-        if len(data) != size:
-            raise CorruptSample(f"{self.describe(sample)} ends after {len(data)} of its {size} bytes")
-        if crc32 and zlib.crc32(data) != crc32:
-            raise CorruptSample(f"{self.describe(sample)} has changed since it was packed (crc32 differs)")
+        name, size, at, crc32 = self._locate(sample)
+        data = self.store.pread(name, size, at)
+        if len(data) != size or (crc32 and zlib.crc32(data) != crc32):
+            return self._read_again(sample)
         return data
+
+    def read_many(self, samples: Sequence[int]) -> Iterator[bytes | CorruptSample | OSError]:
+        """The same of many samples, in their order; what would be raised of a single one stands in its place.
+
+        Where each read waits for a server, they wait together.
+        """
+        located = [self._locate_or_error(sample) for sample in samples]
+        answers = self.store.read_many([Piece(*where[:3]) for where in located if not isinstance(where, CorruptSample)])
+        for sample, where in zip(samples, located, strict=True):
+            if isinstance(where, CorruptSample):
+                yield where
+                continue
+            data, (_, size, _, crc32) = next(answers), where
+            if isinstance(data, OSError) or (len(data) == size and (not crc32 or zlib.crc32(data) == crc32)):
+                yield data
+                continue
+            try:
+                yield self._read_again(sample)
+            except (CorruptSample, OSError) as error:
+                yield error
 
     def describe(self, sample: int) -> str:
         """Name a sample for a message: `train-000003.tar: sample 17 (key 000003017)`."""
@@ -131,56 +168,84 @@ class ShardSet:
         text = f"{self._shards[shard].name}: sample {sample - self._starts[shard]}"
         header_at = (int(self._index[sample]["offset_512"]) - 1) * TAR_BLOCK
         try:
-            header = self._pread(shard, TAR_BLOCK, header_at)
+            header = self.store.pread(self._shards[shard].name, TAR_BLOCK, header_at)
         except (OSError, BadInput):  # a message is made where something has already gone wrong
             return text
         key = header[:100].split(b"\0")[0].decode(errors="replace").split(".")[0]
         return f"{text} (key {key})" if key else text
 
     def check_sizes(self) -> None:
-        """Compare every shard on disk with the manifest: a stat each, no reading.
+        """Compare the shards with the manifest: a stat each, no reading; of very many behind a URL only some.
 
         Raises:
             BadInput: names the first shard that is missing or has another size, and counts them all.
         """
         wrong = []
-        for shard in self._shards:
-            try:
-                size = os.stat(self.path / shard.name).st_size
-            except FileNotFoundError:
+        sizes = self.store.sizes([shard.name for shard in self._shards])
+        for shard, size in zip(self._shards, sizes, strict=True):
+            if size == -1:
                 wrong.append(f"{shard.name} is missing")
-                continue
-            if size != shard.bytes:
+            elif size is not None and size != shard.bytes:
                 wrong.append(f"{shard.name} has {size:,} bytes and not the {shard.bytes:,} of the manifest")
         if wrong:
             rest = f" ({len(wrong)} of {len(self._shards)} shards are wrong)" if len(wrong) > 1 else ""
-            raise BadInput(f"{self.path}: {wrong[0]}{rest}: copy or pack the split {self.split!r} again")
+            raise BadInput(f"{self.store.place}: {wrong[0]}{rest}: copy or pack the split {self.split!r} again")
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Tell the store which shards, by number, are read soon."""
+        self.store.expect([self._shards[shard].name for shard in shards])
 
     def _shard_of(self, sample: int) -> int:
         if not 0 <= sample < len(self):
-            raise IndexError(f"sample {sample} is not in [0, {len(self)}) of {self.path} {self.split}")
+            raise IndexError(f"sample {sample} is not in [0, {len(self)}) of {self.place} {self.split}")
         return bisect_right(self._starts, sample) - 1
 
-    def _pread(self, shard: int, size: int, at: int) -> bytes:
-        file = self._open_shard(shard)  # held until the end, so that no other thread closes it meanwhile
-        return os.pread(file.number, size, at)
+    def _locate(self, sample: int) -> tuple[str, int, int, int]:
+        """Shard, size, offset and checksum of a sample's picture; refused if no picture is so large."""
+        shard = self._shard_of(sample)
+        offset_512, size, crc32 = self._index[sample].item()
+        if size > MAX_BYTES:
+            raise CorruptSample(
+                f"{self._shards[shard].name}: sample {sample - self._starts[shard]} has {size:,} bytes by the index, "
+                f"more than the {MAX_BYTES:,} allowed"
+            )
+        return self._shards[shard].name, size, offset_512 * TAR_BLOCK, crc32
 
-    def _open_file(self, shard: int) -> "_Descriptor":
-        file = self.path / self._shards[shard].name
+    def _locate_or_error(self, sample: int) -> tuple[str, int, int, int] | CorruptSample:
         try:
-            return _Descriptor(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
-        except FileNotFoundError:
-            raise BadInput(f"{file} is missing: copy or pack the split {self.split!r} again") from None
+            return self._locate(sample)
+        except CorruptSample as error:
+            return error
+
+    def _read_again(self, sample: int) -> bytes:
+        """A second look at a sample that was not what it should be: the way here may have been bad, or the shard is."""
+        name, size, at, crc32 = self._locate(sample)
+        self.store.forget(name)
+        data = self.store.pread(name, size, at)
+        if len(data) == size and (not crc32 or zlib.crc32(data) == crc32):
+            return data
+        if (change := self.store.describe_change(name, self._shards[self._shard_of(sample)].bytes)) is not None:
+            raise BadInput(
+                f"{self.store.place}: shard {name} has changed under this run: {change}; bring the old one back, and "
+                "the same command goes on, or pack the set again for a new run"
+            )
+        if len(data) != size:
+            raise CorruptSample(f"{self.describe(sample)} ends after {len(data)} of its {size} bytes")
+        raise CorruptSample(f"{self.describe(sample)} has changed since it was packed (crc32 differs)")
 
 
-class _Descriptor:
-    """An open file that closes when its last user lets go, which may be a thread later than the cache that held it."""
+def find_split(splits: Mapping[str, Split], split: str, place: str) -> Split:
+    """The entry of a split.
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
+    Raises:
+        BadInput: there is none of that name.
+    """
+    if (entry := splits.get(split)) is None:
+        near = get_close_matches(split, splits, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        has = ", ".join(sorted(splits)) or "none"
+        raise BadInput(f"{place} has no split {split!r}, it has {has}{hint}")
+    return entry
 
 
 def index_digest(rows: NDArray[Any]) -> str:

@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from foreseen.data.decode import MAX_BYTES, DecodeError, decode
+from foreseen.data.decode import DecodeError, decode
 from foreseen.data.shards import TAR_BLOCK, CorruptSample
 from foreseen.data.source import Box, Encoded, SourceSample
+from foreseen.data.store import MAX_BYTES
 from foreseen.data.tars import scan_tar
 from foreseen.files import write_atomically
 

@@ -60,7 +60,7 @@ class OnlineProbe:
             if not len(self._cut.validation):
                 raise BadInput(
                     f"no class has two labels among the {len(self._samples)} pictures that probes look at in "
-                    f"{shards.path}, so none can be judged; raise probe.samples, or label more"
+                    f"{shards.place}, so none can be judged; raise probe.samples, or label more"
                 )
 
     def recall(self, metrics: Path, accelerator: Accelerator) -> None:
@@ -126,7 +126,7 @@ class OnlineProbe:
 def _labels(shards: ShardSet) -> Samples:
     if shards.labels is None or not (shards.labels >= 0).any():
         raise BadInput(
-            f"split {shards.split!r} of {shards.path} has no labels to probe by; name labelled data in probe.data, or "
+            f"split {shards.split!r} of {shards.place} has no labels to probe by; name labelled data in probe.data, or "
             "leave probe.data and probe.labels out for the numbers that need none"
         )
     return shards.labels.astype(np.int64)

@@ -4,15 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foreseen.config import Config
-from foreseen.data.order import ORDER_VERSION
-from foreseen.data.shards import ShardSet
+from foreseen.data.feed import Pictures
+from foreseen.data.order import FULL, ORDER_VERSION
 from foreseen.errors import BadInput
 
-# Where things lie, how they are spread over machines, how often one looks, and what changes no more than rounding.
+# Where things lie, how they are reached and spread over machines, how often one looks, and what changes no more than
+# rounding. The order of the samples is compared with the data.
 _FREE = {
     "run.dir", "run.epochs", "run.save_every", "run.keep_last", "run.log_every", "run.eval_every",
     "run.pictures_every", "data.path", "data.hf_config", "data.columns.image", "data.columns.label",
-    "data.columns.split", "data.test_fraction", "data.workers", "data.max_bad_fraction", "optim.warmup_epochs",
+    "data.columns.split", "data.test_fraction", "data.workers", "data.max_bad_fraction", "data.shards_at", "data.fetch",
+    "data.cache_dir", "data.cache_gb", "data.order", "data.block_shards", "data.samples", "data.shuffle_buffer",
+    "data.allow_shell_urls", "optim.warmup_epochs",
     "batch.micro_size", "model.init_from", "compute.compile", "compute.checkpoint_activations",
 }  # fmt: skip
 
@@ -26,11 +29,11 @@ def run_state(
         "samples_seen": step * config.batch.global_size,
         **data,
         "parents": list(parents),
-        "config": config.model_dump(mode="json"),
+        "config": config.public(),
     }
 
 
-def describe_data(shards: ShardSet, *, labels: bool) -> dict[str, str | None]:
+def describe_data(shards: Pictures, *, labels: bool) -> dict[str, str | None]:
     """What a run was trained on; `labels` where it was trained on labels, too."""
     return {
         "dataset_fingerprint": shards.fingerprint,
@@ -38,7 +41,7 @@ def describe_data(shards: ShardSet, *, labels: bool) -> dict[str, str | None]:
     }
 
 
-def check_same_data(shards: ShardSet, then: Mapping[str, Any]) -> None:
+def check_same_data(shards: Pictures, then: Mapping[str, Any]) -> None:
     """Refuse to go on with other pictures, or other labels where labels were trained on.
 
     Args:
@@ -48,7 +51,7 @@ def check_same_data(shards: ShardSet, then: Mapping[str, Any]) -> None:
     Raises:
         BadInput: says which changed.
     """
-    where = f"split {shards.split!r} in data.path {shards.path} changed since the run in run.dir was begun"
+    where = f"split {shards.split!r} in data.path {shards.place} changed since the run in run.dir was begun"
     if then["dataset_fingerprint"] != shards.fingerprint:
         raise BadInput(f"the pictures of {where}; bring the old ones back, or take another run.dir")
     if then["labels_fingerprint"] not in (None, shards.labels_fingerprint):
@@ -56,13 +59,14 @@ def check_same_data(shards: ShardSet, then: Mapping[str, Any]) -> None:
 
 
 def check_same_run(
-    config: Config, shards: ShardSet, parents: Sequence[Mapping[str, Any]], state: dict[str, Any]
+    config: Config, shards: Pictures, order: str, parents: Sequence[Mapping[str, Any]], state: dict[str, Any]
 ) -> None:  # fmt: skip
     """Refuse to go on with another job's checkpoint.
 
     Args:
         config: of this start, its length resolved.
         shards: trained on in this start.
+        order: of their samples; see `Feed.order_name`.
         parents: what this start's weights are from.
         state: of the checkpoint.
 
@@ -76,6 +80,11 @@ def check_same_run(
         raise BadInput(
             f"run.dir {config.run.dir} was begun with order version {state['order_version']}, this program has "
             f"{ORDER_VERSION}; go on with the older program, or take another run.dir"
+        )
+    if (then := state.get("order", FULL)) != order:
+        raise BadInput(
+            f"run.dir {config.run.dir} was begun with the order of samples {then!r} and this start has {order!r}; set "
+            "data.order, data.block_shards and data.path back, or take another run.dir"
         )
 
 
@@ -111,7 +120,7 @@ def check_same_config(config: Config, then: dict[str, Any]) -> None:
     Raises:
         BadInput: names the keys that differ.
     """
-    before, now = _flat(then), _flat(config.model_dump(mode="json"))
+    before, now = _flat(then), _flat(config.public())
     keys = sorted(before.keys() | now.keys())
     changed = [key for key in keys if not _is_free(key) and before.get(key) != now.get(key)]
     if changed:
@@ -123,7 +132,7 @@ def check_same_config(config: Config, then: dict[str, Any]) -> None:
 
 
 def _is_free(key: str) -> bool:
-    return key in _FREE or key.startswith("probe.")
+    return key in _FREE or key.startswith(("probe.", "data.storage_options"))
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import IO, Any, Self
 
 from foreseen.errors import BadInput
 from foreseen.files import write_atomically
+from foreseen.masked import masked_argument
 
 _PACKAGES = ("foreseen", "torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pillow")
 
@@ -64,7 +65,7 @@ def describe_start(devices: Mapping[str, Any]) -> dict[str, Any]:
     """What a later reader must know of this start to repeat it: command, versions, machine, date."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": ["foreseen", *sys.argv[1:]],
+        "command": ["foreseen", *map(masked_argument, sys.argv[1:])],
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "machine": {"system": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count(), **devices},

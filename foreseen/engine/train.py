@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from foreseen.config import Config
 from foreseen.data.batch import Batch, BatchLayout
-from foreseen.data.loader import BatchBuilder, StreamDataset, SweepDataset, load
+from foreseen.data.feed import Feeder
+from foreseen.data.loader import SweepDataset
 from foreseen.data.views import finish
 from foreseen.engine.batch_statistics import KeptStatistics
 from foreseen.engine.checkpoint import Checkpoint, Checkpoints
@@ -50,7 +51,7 @@ class Job:
     Attributes:
         config: with its length resolved.
         objective: on the CPU, drawn from the config's seed.
-        builder: of the training batches.
+        builder: what the training batches are made from.
         subset: sample numbers trained on; None for all.
         validation: this rank's share of the samples to choose by, if any.
         choose_by: the validation number whose largest value marks the best checkpoint.
@@ -60,7 +61,7 @@ class Job:
 
     config: Config
     objective: Objective
-    builder: BatchBuilder
+    builder: Feeder
     subset: Any = None
     validation: SweepDataset | None = None
     choose_by: str | None = None
@@ -100,6 +101,8 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
     log = RunLog(run.dir, trainer.total_steps, step, speaks=accelerator.is_main_process)
     if step:
         log.say(f"going on from step {step} of {trainer.total_steps}")
+    for note in trainer.feed.notes:
+        log.say(note)
     if trainer.optimizer.waits_for_device:
         log.say(
             f"optim.name {config.optim.name} learns on the host whether a step is finite, so every step waits for the "
@@ -166,7 +169,7 @@ class _Trainer:
                 f"batch.micro_size {micro_size} is no multiple of {job.objective.group}, the size of the groups in "
                 f"which {config.method.name} relates images to each other"
             )
-        self.stream = StreamDataset(job.builder, self.layout, accelerator.process_index, job.subset)
+        self.feed = job.builder.feed(self.layout, accelerator.process_index, job.subset)
         place(job.objective, accelerator, config.compute)
         self.optimizer = SteppedOptimizer(
             job.objective,
@@ -180,6 +183,7 @@ class _Trainer:
         decay = config.optim.ema_decay
         self.average = None if decay is None else WeightAverage(job.objective, decay)
         self.data = describe_data(job.builder.shards, labels=job.objective.request.labels)
+        self.data["order"] = self.feed.order_name
         self.statistics = KeptStatistics(job.objective)
         self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.run.keep_last)
         self.meter = Meter()
@@ -200,9 +204,8 @@ class _Trainer:
         )
 
     def batches(self, step: int) -> Iterator[Batch]:
-        numbers = range(step * self.layout.accumulation, self.total_steps * self.layout.accumulation)
         cuda = self.accelerator.device.type == "cuda"
-        return load(self.stream, numbers, workers=self.job.config.data.workers, pin_memory=cuda)
+        return self.feed.batches(step, self.total_steps, workers=self.job.config.data.workers, pin_memory=cuda)
 
     def settle_buckets(self) -> None:
         """Let DDP lay out its gradient buckets before the first step.
@@ -213,7 +216,7 @@ class _Trainer:
         """
         if self.layout.ranks == 1:
             return
-        batch = self._finished(self.stream[0])
+        batch = self._finished(self.feed.example())
         progress = self.progress(0)
         self.statistics.keep()
         for _ in range(2):
@@ -301,7 +304,7 @@ class _Trainer:
         health = {f"health/{name}": float(value) for name, value in self.job.objective.health().items()}
         unreadable, skipped = self._count_problems(step, log), int(self.skipped)
         values = {
-            "epoch": step * self.layout.global_size / self.stream.order.num_samples,
+            "epoch": step * self.layout.global_size / self.feed.num_samples,
             **means,
             "lr": self.optimizer.lr(step - 1),
             **({} if self.loss_scale is None else {"loss_scale": float(self.loss_scale.value)}),
@@ -329,7 +332,7 @@ class _Trainer:
         self.unreadable += int(all_reduce_sum(found))
         seen = step * self.layout.global_size
         limit = self.job.config.data.max_bad_fraction
-        if self.unreadable > limit * max(seen, self.stream.order.num_samples):
+        if self.unreadable > limit * max(seen, self.feed.num_samples):
             raise BadInput(
                 f"{self.unreadable} of {seen} samples could not be read, more than data.max_bad_fraction {limit} "
                 f"allows; the last: {self.problems[-1] if self.problems else 'on another rank'}"
@@ -407,7 +410,7 @@ class _Trainer:
         if newest[0] is None:
             return 0
         found = self.checkpoints.load(newest[0])
-        check_same_run(self.job.config, self.job.builder.shards, self.job.parents, found.state)
+        check_same_run(self.job.config, self.job.builder.shards, self.feed.order_name, self.job.parents, found.state)
         self.job.objective.load_state_dict(found.model)
         self.optimizer.load_state(found.optimizer, found.state["optimizer"])
         if self.loss_scale is not None:

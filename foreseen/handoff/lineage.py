@@ -5,12 +5,11 @@ from typing import Any
 
 from foreseen import __version__
 from foreseen.config import Config
-from foreseen.data.manifest import read_manifest
-from foreseen.data.shards import ShardSet
+from foreseen.data.feed import Pictures
 
 
 def describe_lineage(
-    config: Config, shards: ShardSet, step: int, parents: Sequence[Mapping[str, Any]]
+    config: Config, shards: Pictures, step: int, parents: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:  # fmt: skip
     """The lineage of a run's encoder.
 
@@ -23,24 +22,23 @@ def describe_lineage(
         step: updates made.
         parents: what its weights began from, of `parents_of` at its first start.
     """
-    manifest = read_manifest(shards.path).splits[shards.split]
     return {
         "method": config.method.name,
         "steps": step,
         "samples_seen": step * config.batch.global_size,
         "seed": config.seed,
-        "licences": _licences(manifest.licence, parents),
+        "licences": _licences(shards.licence, parents),
         "parents": list(parents),
         "data": {
-            "path": str(shards.path.resolve()),
+            "path": shards.address,
             "split": shards.split,
             "samples": len(shards),
             "fingerprint": shards.fingerprint,
-            "source": manifest.source,
-            "licence": manifest.licence,
+            "source": shards.source,
+            "licence": shards.licence,
         },
         "foreseen": __version__,
-        "config": config.model_dump(mode="json"),
+        "config": config.public(),
     }
 
 

@@ -1,11 +1,11 @@
 """Whether an encoder's training, without labels or with them, has seen the pictures that it is judged by."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from foreseen.data.open_set import recall_set
 from foreseen.data.shards import ShardSet
 from foreseen.errors import BadInput
 
@@ -53,7 +53,7 @@ def _trained_on(lineage: Mapping[str, Any]) -> Iterator[ShardSet | None]:
 
 def _open(data: Mapping[str, Any]) -> ShardSet | None:
     try:
-        shards = ShardSet.open(Path(data["path"]), data["split"])
+        shards = recall_set(str(data["path"]), data["split"])
     except (BadInput, KeyError):
         return None
     return shards if shards.fingerprint == data["fingerprint"] else None

@@ -1,5 +1,6 @@
 """A batch is a function of the seed and its positions: ranks, micro-batches, workers and damage change nothing else."""
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -242,3 +243,27 @@ def test_a_draw_is_told_the_position_of_its_group(shards: ShardSet) -> None:
     batch = stream(shards)[2]
     assert torch.equal(batch.draws["place"], batch.position)
     assert torch.equal(batch.draws["place of pair"], batch.position // 2 * 2)
+
+
+def test_blocks_of_shards_are_a_stream_of_their_own_and_take_subsets(shards: ShardSet) -> None:
+    def blocks(subset: NDArray[np.int64] | None = None) -> StreamDataset:
+        return BatchBuilder(shards, REQUEST, 5, block_shards=2).feed(BatchLayout(4, 4), 0, subset)
+
+    found = [blocks()[number].sample.tolist() for number in range(12)]
+    assert sorted(list(itertools.chain(*found))[:37]) == list(range(37))
+    assert found != [stream(shards, micro_size=4)[number].sample.tolist() for number in range(12)]
+    first = {sample // 10 for sample in itertools.chain(*found[:4])}  # 16 of at least 17 samples of the first block
+    assert len(first) == 2
+    subset = np.array([36, 3, 5, 21, 13, 34, 8, 30], dtype=np.int64)
+    taken = [sample for number in range(2) for sample in blocks(subset)[number].sample.tolist()]
+    assert sorted(taken) == sorted(subset.tolist())
+
+
+def test_a_picture_larger_than_any_may_be_is_replaced_before_it_is_read(small_shards: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small_shards, tmp_path / "set"))
+    index = np.load(folder / "train.index.npy")
+    index["size"][7] = 0xFFFFFFFF
+    np.save(folder / "train.index.npy", index)
+    batch = stream(ShardSet.open(folder, "train"), subset=np.array([7, 8], dtype=np.int64))[0]
+    assert set(batch.sample.tolist()) == {8}
+    assert "sample 7 has 4,294,967,295 bytes by the index, more than the 67,108,864 allowed" in batch.problems[0]

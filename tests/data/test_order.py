@@ -1,9 +1,11 @@
 """The stream holds every sample once an epoch, the same wherever and however it is asked for, in a random order."""
 
+import pickle
+
 import numpy as np
 import pytest
 
-from foreseen.data.order import Order
+from foreseen.data.order import BlockOrder, Order
 
 SIZES = [1, 2, 3, 5, 16, 37, 255, 4095, 4096, 4097, 5000, 8192, 8193, 100_003, 1 << 17]
 
@@ -67,3 +69,46 @@ def test_the_order_does_not_change_between_versions() -> None:
 def test_an_empty_set_has_no_order() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         Order(0, 0)
+
+
+COUNTS = [[10, 0, 7, 13, 5, 4000, 100, 3, 9], [5], [1, 1, 1, 1], [0, 0, 6], [300] * 40]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("block_shards", [1, 4, 100])
+def test_an_epoch_in_blocks_holds_every_sample_once(counts: list[int], block_shards: int) -> None:
+    n = sum(counts)
+    for seed, epoch in [(0, 0), (1, 3)]:
+        found = BlockOrder(seed, counts, block_shards).samples(np.arange(epoch * n, (epoch + 1) * n))
+        assert found.dtype == np.int64
+        assert np.array_equal(np.sort(found), np.arange(n))
+
+
+def test_a_position_in_blocks_reads_the_same_however_it_is_asked_for() -> None:
+    counts = COUNTS[0]
+    positions = np.random.default_rng(0).integers(0, 4 * sum(counts), 200)
+    together = BlockOrder(3, counts, 2).samples(positions).tolist()
+    assert together == [BlockOrder(3, counts, 2).samples(positions[i : i + 1])[0] for i in range(200)]
+    assert pickle.loads(pickle.dumps(BlockOrder(3, counts, 2))).samples(positions).tolist() == together
+
+
+def test_a_block_takes_few_shards_and_mixes_them() -> None:
+    counts, order = [100] * 20, BlockOrder(0, [100] * 20, 5)
+    epoch = order.samples(np.arange(2000)) // 100
+    blocks = [set(epoch[start : start + 500].tolist()) for start in range(0, 2000, 500)]
+    assert [len(block) for block in blocks] == [5] * 4
+    assert set().union(*blocks) == set(range(len(counts)))
+    assert len(set(epoch[:50].tolist())) == 5  # a batch takes from all shards of the block
+    assert blocks != [
+        set((order.samples(np.arange(2000, 4000)) // 100)[s : s + 500].tolist()) for s in range(0, 2000, 500)
+    ]
+    for start in range(0, 1500, 500):
+        assert set(order.shards_ahead(start + 499)) == blocks[start // 500] | blocks[start // 500 + 1]
+    following = set((order.samples(np.arange(2000, 2500)) // 100).tolist())
+    assert set(order.shards_ahead(1999)) == blocks[3] | following
+
+
+def test_the_full_order_is_what_it_was() -> None:
+    # Checkpoints name version 1: these are its samples, in a small and in a large set.
+    assert Order(3, 77).samples(np.arange(5)).tolist() == [68, 38, 57, 35, 23]
+    assert Order(3, 100_003).samples(np.arange(299_995, 300_000)).tolist() == [84953, 36356, 93360, 256, 76015]

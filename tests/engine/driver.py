@@ -1,10 +1,9 @@
 """The step order that the contract documents, in one process, and the pictures and runs that contract tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,14 +25,14 @@ OPTIM = Optim(base_lr=1e-3, lr_scaling="none", warmup_steps=0, clip_grad=CLIP)
 class Pictures:
     """24 small labelled pictures in memory, in the place of a packed set."""
 
-    path, split, fingerprint, labels_fingerprint = Path("memory"), "train", "24 pictures", "0123 0123"
+    place, split, fingerprint, labels_fingerprint = "memory", "train", "24 pictures", "0123 0123"
     labels = np.arange(24, dtype=np.int32) % 4
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, sample: int) -> bytes:
-        return _picture(sample)
+    def read_many(self, samples: Sequence[int]) -> Iterator[bytes]:
+        return map(_picture, samples)
 
     def describe(self, sample: int) -> str:
         return f"picture {sample}"
