@@ -42,7 +42,10 @@ def run(config: "Config") -> "Outcome":
         config = config.with_length(len(shards))
         record_config(config, accelerator)
         objective = METHODS[config.method.name].build(config)
-        builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=config.data.fast_decode)
+        builder = BatchBuilder(
+            shards, objective.request, config.seed, fast_decode=config.data.fast_decode,
+            checksums=config.run.ledger == "pixels",
+        )  # fmt: skip
         seen = Preprocessing.of_view(objective.request.views[0])
         probe = _online_probe(config, shards, seen, accelerator)
         parents = parents_of(objective.encoder())

@@ -9,7 +9,9 @@ import multiprocessing
 import multiprocessing.forkserver
 import signal
 import threading
+import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import BaseContext
 
 import numpy as np
@@ -39,9 +41,12 @@ class BatchBuilder:
         request: what the objective wants of each sample.
         seed: of the run.
         fast_decode: use torchcodec for the JPEGs that it is safe for, where it is installed.
+        checksums: take a checksum of all that is made of each sample.
     """
 
-    def __init__(self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True) -> None:
+    def __init__(
+        self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True, checksums: bool = False
+    ) -> None:  # fmt: skip
         if request.labels and shards.labels is None:
             raise BadInput(
                 f"data.path {shards.path} holds no labels in split {shards.split!r}, and this job needs them"
@@ -50,6 +55,7 @@ class BatchBuilder:
         self.request = request
         self.seed = seed
         self.fast_decode = fast_decode
+        self.checksums = checksums
 
     def build(self, positions: NDArray[np.int64], samples: NDArray[np.int64], pool: NDArray[np.int64] | None) -> Batch:
         """Make the batch of `samples` standing at `positions`.
@@ -69,7 +75,7 @@ class BatchBuilder:
         label = None
         if self.request.labels and self.shards.labels is not None:
             label = torch.from_numpy(self.shards.labels[used].astype(np.int64))
-        return Batch(
+        batch = Batch(
             position=torch.from_numpy(positions),
             key=as_tensor(keys),
             sample=torch.from_numpy(used),
@@ -78,6 +84,7 @@ class BatchBuilder:
             label=label,
             problems=tuple(problems),
         )
+        return replace(batch, checksum=_checksums(batch)) if self.checksums else batch
 
     def _readable_image(
         self, sample: int, key: Keys, pool: NDArray[np.int64] | None, problems: list[str]
@@ -109,6 +116,20 @@ class BatchBuilder:
             rows = [draw.function(*pair) for pair in zip(generators, owners.tolist(), strict=True)]
             drawn[draw.name] = torch.from_numpy(np.stack(rows))
         return drawn
+
+
+def _checksums(batch: Batch) -> torch.Tensor:
+    """The crc32 of what each sample became, [B] int64: crops in the order of the views, then draws, then the label."""
+    rows = len(batch)
+    parts = [x.view(-1, rows, *x.shape[1:]).transpose(0, 1) for x in batch.images.values()]
+    parts += [*batch.draws.values(), *([] if batch.label is None else [batch.label])]
+    sums = []
+    for row in range(rows):
+        checksum = 0
+        for part in parts:
+            checksum = zlib.crc32(np.ascontiguousarray(part[row].numpy()).data, checksum)
+        sums.append(checksum)
+    return torch.tensor(sums, dtype=torch.int64)
 
 
 class StreamDataset(Dataset[Batch]):

@@ -11,7 +11,7 @@ from foreseen.errors import BadInput
 # Where things lie, how they are spread over machines, how often one looks, and what changes no more than rounding.
 _FREE = {
     "run.dir", "run.epochs", "run.save_every", "run.keep_last", "run.log_every", "run.eval_every",
-    "run.pictures_every", "data.path", "data.hf_config", "data.columns.image", "data.columns.label",
+    "run.pictures_every", "run.ledger", "data.path", "data.hf_config", "data.columns.image", "data.columns.label",
     "data.columns.split", "data.test_fraction", "data.workers", "data.max_bad_fraction", "optim.warmup_epochs",
     "batch.micro_size", "model.init_from", "compute.compile", "compute.checkpoint_activations",
 }  # fmt: skip
