@@ -19,7 +19,7 @@ from foreseen.data.shards import ShardSet
 from foreseen.data.table import Columns
 from foreseen.engine.launch import describe_devices, start
 from foreseen.engine.resume import check_same_config
-from foreseen.engine.run_folder import RunLock, clear_preempted, describe_start, disk_trouble, record_start
+from foreseen.engine.run_folder import RunLock, describe_start, disk_trouble, record_start
 from foreseen.errors import BadInput
 from foreseen.files import write_atomically
 from foreseen.processes import exit_with_the_launcher
@@ -41,7 +41,6 @@ def session(config: Config) -> Iterator[tuple[Accelerator, Say]]:
         held.enter_context(disk_trouble(config.run.dir))
         if accelerator.is_main_process:
             held.enter_context(RunLock(config.run.dir))
-            clear_preempted(config.run.dir)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             record_start(config.run.dir, describe_start(describe_devices(accelerator)))

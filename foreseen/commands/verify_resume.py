@@ -5,9 +5,9 @@ into other ranks, micro-batches and loader workers. The three are compared by wh
 checksums of the pixels made of it, losses, gradient norms and weights.
 """
 
-import itertools
 import json
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from foreseen.commands.compare_runs import Sentence
     from foreseen.commands.launched import LaunchedJob
     from foreseen.commands.verbs import Verb
     from foreseen.config import Config
 
-# Relative difference of losses and gradient norms that another order of sums explains, over so few steps: it grows.
-_TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
-_TOLERANCE_STEPS = 20
 _TIMEOUT_S = 3600.0
 
 
@@ -108,6 +106,10 @@ class Verdict:
         """Take in a comparison."""
         self.lines.append((good, sentence))
 
+    def add_all(self, name: str, sentences: "list[Sentence]") -> None:
+        """Take in the comparisons of one run with another."""
+        self.lines += [(good, f"{name}: {sentence}") for good, sentence in sentences]
+
     def text(self) -> str:
         """For a person."""
         lines = [f"{'ok  ' if good else 'FAIL'}  {sentence}" for good, sentence in self.lines]
@@ -170,6 +172,8 @@ def verify(plan: Plan) -> Verdict:
     """Make the three runs and compare them."""
     import shutil
 
+    from foreseen.commands.compare_runs import check_epochs, compare_other_topology, compare_same_topology
+
     shutil.rmtree(plan.out, ignore_errors=True)
     verdict = Verdict(plan)
     started = time.monotonic()
@@ -178,11 +182,11 @@ def verify(plan: Plan) -> Verdict:
     if _run_to_end(plan, plan.usual, whole, verdict):
         print(f"killed: {plan.kills} times, {plan.saves} of them in a save", flush=True)
         if _kill_and_go_on(plan, killed, verdict):
-            _compare_same(plan, whole, killed, verdict)
+            verdict.add_all("killed", compare_same_topology(whole, killed, on_cpu=plan.on_cpu))
         print(f"another topology: {plan.other}", flush=True)
         if _run_to_end(plan, plan.other, other, verdict):
-            _compare_other(plan, whole, other, verdict)
-        _check_epochs(whole, verdict)
+            verdict.add_all("other topology", compare_other_topology(whole, other, precision=plan.precision))
+        verdict.add(*check_epochs(whole))
     print(f"took {time.monotonic() - started:.0f} s; runs and verify.json: {plan.out}")
     plan.out.mkdir(parents=True, exist_ok=True)
     verdict.save()
@@ -216,8 +220,12 @@ def _start(plan: Plan, topology: Topology, run: Path) -> "LaunchedJob":
     arguments = [
         *plan.arguments, f"run.dir={run}", f"batch.micro_size={micro_size}", f"data.workers={topology.workers}",
     ]  # fmt: skip
-    log = run.with_name(f"{run.name}.log")
-    return LaunchedJob(arguments, run=run, log=log, ranks=topology.ranks, on_cpu=plan.on_cpu)
+    return LaunchedJob(arguments, run=run, log=_log_of(run), ranks=topology.ranks, on_cpu=plan.on_cpu)
+
+
+def _log_of(run: Path) -> Path:
+    """Where all starts of a run print."""
+    return run.with_name(f"{run.name}.log")
 
 
 def _run_to_end(plan: Plan, topology: Topology, run: Path, verdict: Verdict) -> bool:
@@ -244,14 +252,11 @@ def _kill_and_go_on(plan: Plan, run: Path, verdict: Verdict) -> bool:
             if kill is None:
                 verdict.add(False, f"kill {number + 1} came too late: the run ended before step {step} was seen")
                 return False
-            left = job.survivors()
-            verdict.kills.append(kill | {"survivors": len(left)})
-            verdict.resumes += _resumed(job)
+            verdict.kills.append(kill)
     if not _run_to_end(plan, plan.usual, run, verdict):
         return False
-    verdict.resumes += _resumed_in((run.with_name(f"{run.name}.log")).read_text(encoding="utf-8", errors="replace"))[
-        -1:
-    ]
+    output = _log_of(run).read_text(encoding="utf-8", errors="replace")
+    verdict.resumes = [int(step) for step in re.findall(r"^going on from step (\d+)", output, flags=re.MULTILINE)]
     in_saves = sum(kill["in_save"] for kill in verdict.kills)
     steps = ", ".join(str(kill["step"]) for kill in verdict.kills)
     verdict.add(
@@ -279,10 +284,9 @@ def _kill_at(job: "LaunchedJob", step: int, in_save: bool, choose: random.Random
         job.kill_launcher()
     else:
         job.kill()
-    job.survivors()
-    folder = job.run / "checkpoints"
-    unfinished = sorted(path.name for path in folder.glob(".*-*")) if folder.is_dir() else []
-    return {"victim": victim, "step": last_step(job.run), "in_save": bool(unfinished), "unfinished": unfinished}
+    survivors = len(job.survivors())
+    unfinished = sorted(path.name for path in (job.run / "checkpoints").glob(".*-*"))
+    return {"victim": victim, "step": last_step(job.run), "in_save": bool(unfinished), "survivors": survivors}
 
 
 def _resumed(job: "LaunchedJob") -> list[int]:
@@ -293,102 +297,3 @@ def _resumed_in(output: str) -> list[int]:
     import re
 
     return [int(step) for step in re.findall(r"^going on from step (\d+)", output, flags=re.MULTILINE)]
-
-
-def _compare_same(plan: Plan, whole: Path, killed: Path, verdict: Verdict) -> None:
-    """The killed run against the unbroken one, bit for bit."""
-    _compare_ledgers(whole, killed, "killed", verdict)
-    distance, step = _distance(whole, killed)
-    bits = distance == 0.0
-    # A GPU's kernels may add in any order; nothing is promised there but that it is rounding.
-    verdict.add(
-        bits or (not plan.on_cpu and distance <= 1e-3),
-        "killed: losses and gradient norms are equal to the bit"
-        if bits
-        else f"killed: losses and gradient norms differ by up to {distance:.1e}, first in step {step}",
-    )
-    same = _final_checksums(whole, plan.steps) == _final_checksums(killed, plan.steps)
-    verdict.add(
-        same or not plan.on_cpu, f"killed: final weights and optimizer state are {'equal' if same else 'NOT equal'}"
-    )
-
-
-def _compare_other(plan: Plan, whole: Path, other: Path, verdict: Verdict) -> None:
-    """The run on another topology against the first one."""
-    _compare_ledgers(whole, other, "other topology", verdict)
-    distance, step = _distance(whole, other, steps=_TOLERANCE_STEPS)
-    limit = _TOLERANCE.get(plan.precision)
-    bound = (
-        f"at most {limit:.0e} allowed in {plan.precision}" if limit else f"{plan.precision} rounds, so no bound is set"
-    )
-    verdict.add(
-        limit is None or distance <= limit,
-        f"other topology: losses and gradient norms differ by up to {distance:.1e}"
-        + (f", first in step {step}" if step is not None else "")
-        + f"; {bound}",
-    )
-
-
-def _compare_ledgers(one: Path, two: Path, name: str, verdict: Verdict) -> None:
-    import numpy as np
-
-    from foreseen.engine.ledger import PIXELS, SAMPLES, read_ledger
-
-    for kind, what in ((SAMPLES, "samples"), (PIXELS, "pixels, masks and labels made in the loader")):
-        first, second = (read_ledger(run, kind) for run in (one, two))
-        complete = bool((first >= 0).all() and (second >= 0).all())
-        differing = np.argwhere(first != second) if first.shape == second.shape else np.zeros((1, 2), dtype=int)
-        where = f", first in step {differing[0][0]} at place {differing[0][1]}" if len(differing) else ""
-        verdict.add(
-            complete and not len(differing),
-            f"{name}: {what} of {first.shape[0]} steps × {first.shape[1]} places "
-            + ("are the same, element for element" if not len(differing) else f"differ in {len(differing)}{where}")
-            + ("" if complete else ", and some are missing"),
-        )
-
-
-def _distance(one: Path, two: Path, *, steps: int | None = None) -> tuple[float, int | None]:
-    """Largest relative difference of loss or gradient norm in the first steps, or all, and the first that differs."""
-    import math
-
-    from foreseen.commands.launched import metrics
-
-    first, second = ({line["step"]: line for line in metrics(run) if "loss" in line} for run in (one, two))
-    if first.keys() != second.keys() or not first:
-        return math.inf, None
-    worst, where = 0.0, None
-    for step, line in itertools.islice(first.items(), steps):
-        for name in ("loss", "grad_norm"):
-            a, b = line[name], second[step][name]
-            gap = 0.0 if a == b or (a != a and b != b) else abs(a - b) / max(abs(a), abs(b))
-            if gap != 0.0 and where is None:
-                where = step
-            worst = max(worst, gap) if gap == gap else math.inf
-    return worst, where
-
-
-def _final_checksums(run: Path, step: int) -> dict[str, str]:
-    """Checksums of the tensors of the last checkpoint, from its manifest."""
-    text = (run / "checkpoints" / f"step-{step}" / "manifest.json").read_text(encoding="utf-8")
-    return {name: digest for name, digest in json.loads(text)["files"].items() if name.endswith(".safetensors")}
-
-
-def _check_epochs(whole: Path, verdict: Verdict) -> None:
-    """Every sample once in each full epoch, but for those that could not be read."""
-    import numpy as np
-    import yaml
-
-    from foreseen.commands.launched import metrics
-    from foreseen.engine.ledger import read_ledger
-
-    stream = read_ledger(whole).ravel()
-    config = yaml.safe_load((whole / "config.yaml").read_text(encoding="utf-8"))
-    samples = round(len(stream) / config["run"]["epochs"])
-    replaced = metrics(whole)[-1].get("unreadable_samples", 0)
-    epochs = [stream[start : start + samples] for start in range(0, len(stream) - samples + 1, samples)]
-    twice = sum(len(epoch) - len(np.unique(epoch)) for epoch in [*epochs, stream[len(epochs) * samples :]])
-    verdict.add(
-        twice <= replaced,
-        f"{len(epochs)} full epochs of {samples:,} samples and a part: {twice or 'no'} sample comes twice in one"
-        + (f" ({replaced} stand in for unreadable ones)" if replaced else ""),
-    )

@@ -40,7 +40,7 @@ from foreseen.engine.online_probe import OnlineProbe
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.preempt import Preemption
 from foreseen.engine.resume import check_same_run, describe_data, run_state
-from foreseen.engine.run_folder import mark_preempted
+from foreseen.engine.run_folder import clear_preempted, mark_preempted
 from foreseen.engine.weight_average import WeightAverage
 from foreseen.errors import BadInput
 
@@ -101,6 +101,8 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
     with memory_advice("placing the weights", partial(advise_on_weights, config)):
         trainer = _Trainer(job, accelerator)
         step = trainer.restore()
+    if accelerator.is_main_process:
+        clear_preempted(run.dir)
     log = RunLog(run.dir, trainer.total_steps, step, speaks=accelerator.is_main_process)
     if step:
         log.say(f"going on from step {step} of {trainer.total_steps}")
