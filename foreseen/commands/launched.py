@@ -33,6 +33,10 @@ class LaunchedJob:
         ranks: processes; one is started without a launcher.
         on_cpu: keep to the CPU even where there are GPUs.
         environment: entries that the processes get besides.
+
+    Attributes:
+        command: what is run, words of a command line.
+        launcher: the process that was started: the launcher of several ranks, or the one rank itself.
     """
 
     def __init__(
@@ -43,7 +47,7 @@ class LaunchedJob:
         self._id = uuid.uuid4().hex
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)]
         launcher = [*launch, "--main_process_port", "0"] if ranks > 1 else []
-        self._command = [sys.executable, *launcher, "-m", "foreseen", *arguments]
+        self.command = [sys.executable, *launcher, "-m", "foreseen", *arguments]
         self._environment = os.environ | (environment or {}) | {_TAG: self._id}
         if on_cpu:
             self._environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
@@ -55,7 +59,7 @@ class LaunchedJob:
         self._began = self.log.stat().st_size if self.log.is_file() else 0
         with open(self.log, "ab") as out:
             self.launcher = subprocess.Popen(
-                self._command, env=self._environment, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                self.command, env=self._environment, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
             )
         return self
 

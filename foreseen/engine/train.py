@@ -20,7 +20,7 @@ from foreseen.config import Config
 from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.loader import BatchBuilder, StreamDataset, SweepDataset, load
 from foreseen.data.views import finish
-from foreseen.engine.batch_statistics import KeptStatistics
+from foreseen.engine.batch_statistics import KeptStatistics, batch_statistics
 from foreseen.engine.checkpoint import Checkpoint, Checkpoints
 from foreseen.engine.compiled import compile_advice, uncompiled
 from foreseen.engine.evaluate import evaluate
@@ -110,6 +110,11 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
         log.say(
             f"optim.name {config.optim.name} learns on the host whether a step is finite, so every step waits for the "
             "device; adamw need not"
+        )
+    if trainer.layout.micro_size < config.batch.global_size and batch_statistics(job.objective):
+        log.say(
+            f"{config.model.name} has BatchNorm, whose statistics are over each micro-batch of "
+            f"{trainer.layout.micro_size}: unlike all else they depend on batch.micro_size and the number of ranks"
         )
     if job.probe is not None:
         job.probe.recall(run.dir / "metrics.jsonl", accelerator)
