@@ -118,9 +118,11 @@ def test_torchrun_starts_a_job_again_whose_rank_was_killed(recipe: Recipe, tmp_p
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     common = {**LONG, "run__save_every": 20, "batch__global_size": 8}
     finish(recipe(**common, run__dir=unbroken), ranks=2)
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--max-restarts", "1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
     arguments = ["pretrain", "mae_cpu_minutes", *recipe(**common, run__dir=killed)]
-    job = LaunchedJob(arguments, run=killed, log=tmp_path / "killed.log", ranks=2)
+    # Else the ranks of a second attempt find the addresses of the first in the store that they share with the launcher.
+    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    job = LaunchedJob(arguments, run=killed, log=tmp_path / "killed.log", ranks=2, environment=fresh_store)
     job.command = [sys.executable, *torchrun, "-m", "foreseen", *arguments]
     with job:
         assert job.wait_for_step(45, DEADLINE_S), job.output()

@@ -15,41 +15,46 @@ from foreseen.errors import BadInput
 
 Recipe = Callable[..., list[str]]
 
-# Runs in every process of the job before anything else, and breaks what is restored from a checkpoint.
+# Runs in every process of a job before anything else, loader workers too, and breaks one module as it is imported.
 SABOTAGE = """
-import os, sys
-if os.environ.get("SABOTAGE") and "foreseen" in " ".join(sys.orig_argv):
-    import importlib.abc, importlib.machinery
+import importlib.abc, importlib.machinery, os, sys
 
-    class Finder(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path, target=None):
-            if name != "foreseen.engine.checkpoint":
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.machinery.PathFinder.find_spec(name, path)
-            load = spec.loader.exec_module
+def lose_the_optimizer(module):
+    real = module.Checkpoints.load
 
-            def exec_module(module):
-                load(module)
-                real = module.Checkpoints.load
+    def load(self, step):
+        found = real(self, step)
+        found.optimizer.update({key: value * 0 for key, value in found.optimizer.items() if "exp_avg" in key})
+        return found
 
-                def broken(self, step):
-                    found = real(self, step)
-                    if os.environ["SABOTAGE"] == "optimizer":
-                        found.optimizer.update({k: v * 0 for k, v in found.optimizer.items() if "exp_avg" in k})
-                    return found
+    module.Checkpoints.load = load
 
-                module.Checkpoints.load = broken
-                if os.environ["SABOTAGE"] == "position":
-                    import foreseen.data.batch as batch
-                    positions = batch.BatchLayout.positions
-                    batch.BatchLayout.positions = lambda self, step, rank, micro: positions(
-                        self, step + (self.ranks == 1), rank, micro
-                    )
+def lose_the_place_on_one_rank(module):
+    real = module.BatchLayout.positions
+    module.BatchLayout.positions = lambda self, step, rank, micro: real(self, step + (self.ranks == 1), rank, micro)
 
-            spec.loader.exec_module = exec_module
-            return spec
+TARGETS = {
+    "optimizer": ("foreseen.engine.checkpoint", lose_the_optimizer),
+    "position": ("foreseen.data.batch", lose_the_place_on_one_rank),
+}
 
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        wanted, sabotage = TARGETS[os.environ["SABOTAGE"]]
+        if name != wanted:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        real = spec.loader.exec_module
+
+        def exec_module(module):
+            real(module)
+            sabotage(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+if "SABOTAGE" in os.environ:
     sys.meta_path.insert(0, Finder())
 """
 
