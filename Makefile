@@ -9,7 +9,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/foreseen quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not proof and not gpu"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

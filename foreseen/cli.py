@@ -7,7 +7,7 @@ import time
 import typer
 
 from foreseen import __version__
-from foreseen.commands import data, finetune, pretrain, probe, quickstart, recipes, results
+from foreseen.commands import data, finetune, pretrain, probe, quickstart, recipes, results, verify_resume
 from foreseen.errors import BadInput
 
 EXIT_BAD_INPUT = 2
@@ -27,6 +27,7 @@ app.command()(pretrain.pretrain)
 app.command()(probe.probe)
 app.command()(finetune.finetune)
 app.command()(results.results)
+app.command()(verify_resume.verify_resume)
 
 
 def _version(asked: bool) -> None:

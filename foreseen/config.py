@@ -45,6 +45,9 @@ class Run(Section):
     """Steps between evaluations on the validation samples; null evaluates at every checkpoint."""
     pictures_every: int | None = Field(None, ge=1)
     """Steps between pictures in TensorBoard; null shows them at every checkpoint."""
+    ledger: bool | Literal["pixels"] = False
+    """Keep which samples each step consumed in `ledger/samples.npy`, 8 bytes each; "pixels" adds a checksum of the
+    pixels, masks and labels made of each, which the loader workers take."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -4,6 +4,15 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
+import time
+from pathlib import Path
+
+import psutil
+
+_LAUNCHERS = frozenset({"accelerate", "accelerate-launch", "torchrun"})
+_LAUNCHING_MODULES = ("accelerate.commands.", "torch.distributed.run", "torch.distributed.launch")
+_LOOK_EVERY_S = 1.0
+_WATCH = "launcher's end"
 
 
 def exit_with_the_parent() -> None:
@@ -15,6 +24,30 @@ def exit_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_at_the_end_of, args=(parent.sentinel,), daemon=True).start()
+
+
+def exit_with_the_launcher() -> None:
+    """End this process when the launcher that started it is gone; nothing where none did.
+
+    A launcher that is killed by SIGKILL tells its ranks nothing, and they would hold the run folder for ever.
+    """
+    launcher = os.getppid()
+    if _is_launcher(launcher) and not any(thread.name == _WATCH for thread in threading.enumerate()):
+        threading.Thread(target=_exit_without, args=(launcher,), name=_WATCH, daemon=True).start()
+
+
+def _is_launcher(process: int) -> bool:
+    try:
+        words = psutil.Process(process).cmdline()[:4]  # interpreter, -m, module; not what the job itself is told
+    except psutil.Error:
+        return False
+    return any(Path(word).name in _LAUNCHERS or word.startswith(_LAUNCHING_MODULES) for word in words)
+
+
+def _exit_without(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_LOOK_EVERY_S)
+    os._exit(1)
 
 
 def _exit_at_the_end_of(sentinel: int) -> None:

@@ -92,8 +92,9 @@ def run(config: "Config") -> "Outcome":
         num_classes = shards.num_classes
         objective = METHODS[config.method.name].build(config, num_classes)
         builder = BatchBuilder(
-            shards, objective.request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block
-        )
+            shards, objective.request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block,
+            checksums=config.run.ledger == "pixels",
+        )  # fmt: skip
         judge = BatchBuilder(shards, objective.evaluation_request(), config.seed, fast_decode=data.fast_decode)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         size = config.batch.micro_size or max(1, config.batch.global_size // ranks)

@@ -63,11 +63,17 @@ def run(config: "Config") -> "Outcome":
 def _builder(config: "Config", pictures: "ShardSet | TarStream", request: "Request") -> "Feeder":
     from foreseen.data.loader import BatchBuilder
     from foreseen.data.shards import ShardSet
+    from foreseen.errors import BadInput
 
     data = config.data
     if isinstance(pictures, ShardSet):
         return BatchBuilder(
-            pictures, request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block
+            pictures, request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block,
+            checksums=config.run.ledger == "pixels",
+        )  # fmt: skip
+    if config.run.ledger:
+        raise BadInput(
+            f"run.ledger {config.run.ledger} names samples by number, and a stream has none: set it to false"
         )
     from foreseen.data.stream import StreamBuilder
 

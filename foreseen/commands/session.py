@@ -21,10 +21,11 @@ from foreseen.data.table import Columns
 from foreseen.data.urls import is_stream, is_url
 from foreseen.engine.launch import describe_devices, start
 from foreseen.engine.resume import check_same_config
-from foreseen.engine.run_folder import RunLock, describe_start, record_start
+from foreseen.engine.run_folder import RunLock, describe_start, disk_trouble, record_start
 from foreseen.errors import BadInput
 from foreseen.files import write_atomically
 from foreseen.masked import masked
+from foreseen.processes import exit_with_the_launcher
 
 if TYPE_CHECKING:
     from foreseen.data.stream import TarStream
@@ -40,8 +41,10 @@ def session(config: Config) -> Iterator[tuple[Accelerator, Say]]:
 
     Weights are drawn inside, from the global generator seeded here; after that nothing may draw from it.
     """
+    exit_with_the_launcher()
     accelerator = start(config.compute)
     with ExitStack() as held:
+        held.enter_context(disk_trouble(config.run.dir))
         if accelerator.is_main_process:
             held.enter_context(RunLock(config.run.dir))
         accelerator.wait_for_everyone()

@@ -22,6 +22,8 @@ class Batch:
         images: per view [n * B, C, H, W], crop-major; uint8 from the worker, normalised floats for the objective.
         draws: per draw [B, ...].
         label: [B] int64, -1 where a sample has none; None if not asked for.
+        checksum: crc32 of all that a worker made of each sample, its crops, draws and label, [B] int64; None if not
+            asked for.
         problems: samples that could not be read, each with its reason, replaced by rule.
     """
 
@@ -31,6 +33,7 @@ class Batch:
     images: dict[str, Tensor]
     draws: dict[str, Tensor] = field(default_factory=dict)
     label: Tensor | None = None
+    checksum: Tensor | None = None
     problems: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -56,6 +59,7 @@ class Batch:
             images={name: function(image) for name, image in self.images.items()},
             draws={name: function(draw) for name, draw in self.draws.items()},
             label=None if self.label is None else function(self.label),
+            checksum=self.checksum,
             problems=self.problems,
         )
 

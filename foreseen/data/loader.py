@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import signal
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.context import BaseContext
@@ -41,11 +42,12 @@ class BatchBuilder:
         seed: of the run.
         fast_decode: use torchcodec for the JPEGs that it is safe for, where it is installed.
         block_shards: shards that the order takes its samples from at a time; None for all.
+        checksums: take a checksum of all that is made of each sample.
     """
 
     def __init__(
         self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True,
-        block_shards: int | None = None,
+        block_shards: int | None = None, checksums: bool = False,
     ) -> None:  # fmt: skip
         if request.labels and shards.labels is None:
             raise BadInput(
@@ -56,6 +58,7 @@ class BatchBuilder:
         self.seed = seed
         self.fast_decode = fast_decode
         self.block_shards = block_shards
+        self.checksums = checksums
 
     def feed(
         self, layout: BatchLayout, rank: int, subset: NDArray[np.int64] | None = None
@@ -79,7 +82,8 @@ class BatchBuilder:
         label = None
         if self.request.labels and self.shards.labels is not None:
             label = torch.from_numpy(self.shards.labels[used].astype(np.int64))
-        return replace(batch, sample=torch.from_numpy(used), label=label, problems=tuple(problems))
+        batch = replace(batch, sample=torch.from_numpy(used), label=label, problems=tuple(problems))
+        return replace(batch, checksum=_checksums(batch)) if self.checksums else batch
 
     def _readable_images(
         self, used: NDArray[np.int64], keys: Keys, pool: NDArray[np.int64] | None, problems: list[str]
@@ -147,6 +151,20 @@ def _draws(request: Request, seed: int, positions: NDArray[np.int64]) -> dict[st
         rows = [draw.function(*pair) for pair in zip(generators, owners.tolist(), strict=True)]
         drawn[draw.name] = torch.from_numpy(np.stack(rows))
     return drawn
+
+
+def _checksums(batch: Batch) -> torch.Tensor:
+    """The crc32 of what each sample became, [B] int64: crops in the order of the views, then draws, then the label."""
+    rows = len(batch)
+    parts = [x.view(-1, rows, *x.shape[1:]).transpose(0, 1) for x in batch.images.values()]
+    parts += [*batch.draws.values(), *([] if batch.label is None else [batch.label])]
+    sums = []
+    for row in range(rows):
+        checksum = 0
+        for part in parts:
+            checksum = zlib.crc32(np.ascontiguousarray(part[row].numpy()).data, checksum)
+        sums.append(checksum)
+    return torch.tensor(sums, dtype=torch.int64)
 
 
 class StreamDataset(Dataset[Batch]):

@@ -106,13 +106,31 @@ class Checkpoints:
         self._retain()
 
     def newest_sound(self) -> int | None:
-        """The step of the newest checkpoint that verifies, or None."""
-        for step in self._steps(newest_first=True):
+        """The step of the newest checkpoint that verifies, or None where there is none at all.
+
+        Raises:
+            BadInput: there are some, and each is damaged.
+        """
+        steps = self._steps(newest_first=True)
+        for step in steps:
             problem = self.find_damage(step)
             if problem is None:
                 return step
             _logger.warning("checkpoint step-%d is damaged (%s); looking for the one before", step, problem)
+        if steps:
+            raise BadInput(
+                f"all {len(steps)} checkpoints in {self.folder} are damaged, such as step-{steps[0]} "
+                f"({self.find_damage(steps[0])}); bring one back from a copy, or take another run.dir to begin anew"
+            )
         return None
+
+    def set_aside_newer(self, step: int) -> None:
+        """Rename checkpoints newer than the one that a run goes on from: `damaged-step-<n>` counts in no retention."""
+        for newer in self._steps():
+            if newer > step:
+                aside = self.folder / f"damaged-step-{newer}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(self.folder / f"step-{newer}", aside)
 
     def find_damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, or None."""

@@ -12,7 +12,7 @@ from foreseen.errors import BadInput
 # rounding. The order of the samples is compared with the data.
 _FREE = {
     "run.dir", "run.epochs", "run.save_every", "run.keep_last", "run.log_every", "run.eval_every",
-    "run.pictures_every", "data.path", "data.hf_config", "data.columns.image", "data.columns.label",
+    "run.pictures_every", "run.ledger", "data.path", "data.hf_config", "data.columns.image", "data.columns.label",
     "data.columns.split", "data.test_fraction", "data.workers", "data.max_bad_fraction", "data.shards_at", "data.fetch",
     "data.cache_dir", "data.cache_gb", "data.order", "data.block_shards", "data.samples", "data.shuffle_buffer",
     "data.allow_shell_urls", "optim.warmup_epochs",

@@ -5,9 +5,12 @@ environment.json   each start of the run: command, versions, machine
 metrics.jsonl      the source of truth of every number
 tensorboard/       the same numbers and pictures
 checkpoints/       step-<n>/
+ledger/            which samples each step consumed, with run.ledger
+PREEMPTED          the run was told to stop before its end, and saved
 encoder/           the hand-off
 """
 
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -16,7 +19,8 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -25,6 +29,8 @@ from foreseen.errors import BadInput
 from foreseen.files import write_atomically
 from foreseen.masked import masked_argument
 
+PREEMPTED = "PREEMPTED"
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _PACKAGES = ("foreseen", "torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pillow")
 
 
@@ -59,6 +65,35 @@ class RunLock:
         if self._file is not None:
             self._file.truncate(0)
             self._file.close()
+
+
+def mark_preempted(folder: Path, step: int) -> None:
+    """Say in the run folder that the run was told to stop and goes on from `step`: launchers hide the exit code."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_atomically(folder / PREEMPTED, json.dumps({"step": step, "time": now}) + "\n")
+
+
+def clear_preempted(folder: Path) -> None:
+    """Take the mark away; for a run that goes on."""
+    (folder / PREEMPTED).unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_trouble(folder: Path) -> Iterator[None]:
+    """Turn a disk that is full, read-only or failing into a sentence.
+
+    Raises:
+        BadInput: something inside could not be written for want of a working disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_TROUBLE:
+            raise
+        raise BadInput(
+            f"run.dir {folder} cannot be written: {error.strerror}; its checkpoints are intact, and the same command "
+            "goes on from the newest of them once the disk can be written"
+        ) from error
 
 
 def describe_start(devices: Mapping[str, Any]) -> dict[str, Any]:

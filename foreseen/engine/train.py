@@ -5,11 +5,11 @@ not finite, `after_step`. The host reads nothing from the device but when it log
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.feed import Feeder
 from foreseen.data.loader import SweepDataset
 from foreseen.data.views import finish
-from foreseen.engine.batch_statistics import KeptStatistics
+from foreseen.engine.batch_statistics import KeptStatistics, batch_statistics
 from foreseen.engine.checkpoint import Checkpoint, Checkpoints
 from foreseen.engine.compiled import compile_advice, uncompiled
 from foreseen.engine.evaluate import evaluate
 from foreseen.engine.launch import autocast, image_dtype, place, wrap
+from foreseen.engine.ledger import Ledger
 from foreseen.engine.log import Meter, RunLog, duration
 from foreseen.engine.loss_scale import LossScale
 from foreseen.engine.memory import (
@@ -40,8 +41,11 @@ from foreseen.engine.online_probe import OnlineProbe
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.preempt import Preemption
 from foreseen.engine.resume import check_same_run, describe_data, run_state
+from foreseen.engine.run_folder import clear_preempted, mark_preempted
 from foreseen.engine.weight_average import WeightAverage
 from foreseen.errors import BadInput
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
     with memory_advice("placing the weights", partial(advise_on_weights, config)):
         trainer = _Trainer(job, accelerator)
         step = trainer.restore()
+    if accelerator.is_main_process:
+        clear_preempted(run.dir)
     log = RunLog(run.dir, trainer.total_steps, step, speaks=accelerator.is_main_process)
     if step:
         log.say(f"going on from step {step} of {trainer.total_steps}")
@@ -107,6 +113,11 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
         log.say(
             f"optim.name {config.optim.name} learns on the host whether a step is finite, so every step waits for the "
             "device; adamw need not"
+        )
+    if trainer.layout.micro_size < config.batch.global_size and batch_statistics(job.objective):
+        log.say(
+            f"{config.model.name} has BatchNorm, whose statistics are over each micro-batch of "
+            f"{trainer.layout.micro_size}: unlike all else they depend on batch.micro_size and the number of ranks"
         )
     if job.probe is not None:
         job.probe.recall(run.dir / "metrics.jsonl", accelerator)
@@ -146,7 +157,10 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
         log.close()
     best = trainer.checkpoints.best
     best_step = best[0] if best else None
-    return Outcome(step, stopped and step < trainer.total_steps, best_step, stopped, trainer.parents)
+    preempted = stopped and step < trainer.total_steps
+    if preempted and accelerator.is_main_process:
+        mark_preempted(run.dir, step)
+    return Outcome(step, preempted, best_step, stopped, trainer.parents)
 
 
 def _every(interval: int, step: int) -> bool:
@@ -187,6 +201,12 @@ class _Trainer:
         self.statistics = KeptStatistics(job.objective)
         self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.run.keep_last)
         self.meter = Meter()
+        kept = config.run.ledger
+        self.ledger = (
+            Ledger(config.run.dir, self.layout, self.total_steps, accelerator, pixels=kept == "pixels")
+            if kept
+            else None
+        )
         self.skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self.problems: list[str] = []
         self.unreadable = 0
@@ -236,6 +256,8 @@ class _Trainer:
         waiting = time.perf_counter()
         loaded = [next(batches) for _ in range(accumulation)]
         waited_s = time.perf_counter() - waiting
+        if self.ledger is not None:
+            self.ledger.add(loaded)
         micro_batches = [self._finished(batch) for batch in loaded]
 
         self.statistics.keep()
@@ -297,6 +319,8 @@ class _Trainer:
 
     def log(self, step: int, log: RunLog) -> None:
         """Write the numbers of the steps since the last line."""
+        if self.ledger is not None:
+            self.ledger.write(step)
         means = self.meter.means(self.layout.ranks)  # waits for the device, so it comes before the clock is read
         elapsed_s, waited_s, samples = self.meter.elapsed_s, self.meter.waited_s, self.meter.samples
         finite = means.pop("finite")
@@ -405,6 +429,8 @@ class _Trainer:
         if self.accelerator.is_main_process:
             self.checkpoints.clean_leftovers()
             newest = [self.checkpoints.newest_sound()]
+            if newest[0] is not None:
+                self.checkpoints.set_aside_newer(newest[0])
         if self.layout.ranks > 1:
             torch.distributed.broadcast_object_list(newest, src=0)
         if newest[0] is None:
@@ -427,6 +453,10 @@ class _Trainer:
 
 
 def load_best(job: Job, outcome: Outcome) -> Checkpoint:
-    """The checkpoint that a finished run is judged by: the best on validation, else the last."""
-    folder: Path = job.config.run.dir / "checkpoints"
-    return Checkpoints(folder, job.config.run.keep_last).load(outcome.best_step or outcome.step)
+    """The checkpoint that a finished run is judged by: the best on validation, else or if damaged the last."""
+    checkpoints = Checkpoints(job.config.run.dir / "checkpoints", job.config.run.keep_last)
+    best = outcome.best_step
+    if best is not None and (problem := checkpoints.find_damage(best)) is not None:
+        _logger.warning("the best checkpoint, step-%d, is damaged (%s); taking the last one", best, problem)
+        best = None
+    return checkpoints.load(best or outcome.step)

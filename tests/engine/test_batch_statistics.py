@@ -55,3 +55,14 @@ def test_no_step_waits_for_the_device() -> None:
     kept = KeptStatistics(nn.BatchNorm2d(3, device="meta"))
     kept.keep()
     kept.put_back(torch.ones((), dtype=torch.bool, device="meta"))
+
+
+def test_a_run_whose_batch_is_cut_says_that_its_statistics_are_not_of_the_whole(
+    small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "has BatchNorm, whose statistics are over each micro-batch of 8"
+    run(small_shards, configure(tmp_path / "cut"), objective=Normed)
+    assert said in capsys.readouterr().out
+    run(small_shards, configure(tmp_path / "whole", batch__micro_size=16), objective=Normed)
+    run(small_shards, configure(tmp_path / "without"))
+    assert "BatchNorm" not in capsys.readouterr().out

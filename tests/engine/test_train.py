@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from foreseen.config import Config, MethodOptions, resolve
-from foreseen.data.batch import Batch
+from foreseen.data import loader
+from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.loader import BatchBuilder, SweepDataset
 from foreseen.data.shards import ShardSet
 from foreseen.data.views import Request, View
@@ -23,6 +24,7 @@ from foreseen.device_keys import keyed_uniform
 from foreseen.engine.checkpoint import Checkpoints
 from foreseen.engine.evaluate import evaluate
 from foreseen.engine.objective import Objective, Progress
+from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.train import Job, Outcome, train
 from foreseen.errors import BadInput
 
@@ -92,7 +94,8 @@ def run(shards: Path, config: Config, *, validate: bool = False, seed: int = 0, 
     objective = attributes.pop("objective", MeanColour)()
     for name, value in attributes.items():
         setattr(objective, name, value)
-    builder = BatchBuilder(ShardSet.open(shards, "train"), objective.request, config.seed)
+    checksums = config.run.ledger == "pixels"
+    builder = BatchBuilder(ShardSet.open(shards, "train"), objective.request, config.seed, checksums=checksums)
     job = Job(config.with_length(len(builder.shards)), objective, builder)
     if validate:
         job = replace(job, validation=SweepDataset(builder, 10), choose_by="score")
@@ -130,14 +133,36 @@ def test_a_run_that_was_told_to_stop_goes_on_bit_for_bit(small_shards: Path, tmp
     unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
     run(small_shards, configure(unbroken))
     assert run(small_shards, configure(stopped), signal_at=3) == Outcome(4, preempted=True, told_to_stop=True)
+    assert json.loads((stopped / "PREEMPTED").read_text(encoding="utf-8"))["step"] == 4
     seen: list[Tensor] = []
     # Another seed: nothing of a resumed run may come from the global generator.
     assert run(small_shards, configure(stopped), seed=12345, seen=seen).step == 8
     assert _weights(unbroken, 8) == _weights(stopped, 8)
     assert int(seen[0][0]) == 4 * 16
+    assert not (stopped / "PREEMPTED").exists()  # it is at its end
     assert [line for line in _lines(stopped) if line["step"] in (6, 8)] == [
         line for line in _lines(unbroken) if line["step"] in (6, 8)
     ]
+
+
+@pytest.mark.parametrize("lost", ["position", "schedule", "key", "nothing"])
+def test_the_resume_test_would_notice_a_lost_place(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
+    run(small_shards, configure(unbroken))
+    run(small_shards, configure(stopped), signal_at=3)
+    positions, lr, keys = BatchLayout.positions, SteppedOptimizer.lr, loader.sample_keys
+    if lost == "position":  # the data begins anew
+        monkeypatch.setattr(BatchLayout, "positions", lambda self, step, *more: positions(self, step - 4, *more))
+    elif lost == "schedule":
+        monkeypatch.setattr(SteppedOptimizer, "lr", lambda self, step: lr(self, step - 4))
+    elif lost == "key":  # the same samples, cropped and disturbed as if by another seed
+        monkeypatch.setattr(loader, "sample_keys", lambda seed, position: keys(seed + 1, position))
+    run(small_shards, configure(stopped))
+    same = lost == "nothing"
+    assert (_weights(unbroken, 8) == _weights(stopped, 8)) == same
+    assert (_lines(unbroken)[-1] == _lines(stopped)[-1]) == same
 
 
 @pytest.mark.parametrize("dropped", ["optimizer.safetensors", "average"])
