@@ -29,8 +29,8 @@ from foreseen.keys import sample_keys, subkeys
 
 Progress = Callable[[int, int], None]
 
-_LOSSLESS_SUFFIXES = frozenset({".png", ".bmp", ".gif", ".tif", ".tiff"})
 _JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
+_LOSSLESS_SUFFIXES = IMAGE_SUFFIXES - _JPEG_SUFFIXES - {".webp"}
 
 
 @dataclass(frozen=True)
