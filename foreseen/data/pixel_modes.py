@@ -71,7 +71,7 @@ def _stretch(values: NDArray[Any]) -> NDArray[np.uint8]:
     """Bring numbers without a stated range to 0..255.
 
     Floats in [0, 1] are shares of white, integers in [0, 255] are what they are; all others are stretched from the
-    lowest to the highest of them. NaN, which maps use for "no data", becomes black, infinity the end that it is nearest.
+    lowest to the highest of them. NaN, which maps use for "no data", becomes black, infinity the end that it is near.
     """
     is_float = values.dtype.kind == "f"
     rows = max(1, _ROWS_AT_ONCE // max(1, values.shape[1]))
