@@ -92,14 +92,19 @@ def decode(
     _check_webp_canvas(data, max_pixels)
     try:
         return _decode_with_pillow(data, max_pixels)
-    except UnidentifiedImageError:
-        raise DecodeError(name_bytes(data, FORMATS)) from None
-    except DecodeError:
+    except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly everything on malformed input
-        if isinstance(error, MemoryError):
-            raise
-        raise DecodeError(str(error).strip() or type(error).__name__) from None
+        raise decode_error(data, error) from None
+
+
+def decode_error(data: bytes, error: Exception) -> DecodeError:
+    """What Pillow raised over some bytes, as a reason that a reader can use."""
+    if isinstance(error, DecodeError):
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        return DecodeError(name_bytes(data, FORMATS))
+    return DecodeError(str(error).strip() or type(error).__name__)
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:

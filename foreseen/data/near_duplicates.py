@@ -236,7 +236,7 @@ def _count_bits(values: Uint64s) -> NDArray[Any]:
     """How many bits of each number are set."""
     if hasattr(np, "bitwise_count"):  # numpy 2
         return np.asarray(np.bitwise_count(values))
-    return np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(1)
+    return np.asarray(np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(1))
 
 
 def _verify(

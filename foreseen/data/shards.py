@@ -29,6 +29,8 @@ from foreseen.errors import BadInput
 INDEX_ROW = np.dtype([("offset_512", "<u4"), ("size", "<u4"), ("crc32", "<u4")])
 TAR_BLOCK = 512
 _MAX_OPEN_SHARDS = 128
+_FACTS_READ = 4096  # header and json of a sample, mostly
+_MAX_FACTS = 1 << 20
 
 
 class CorruptSample(ValueError):
@@ -124,6 +126,42 @@ class ShardSet:
         if crc32 and zlib.crc32(data) != crc32:
             raise CorruptSample(f"{self.describe(sample)} has changed since it was packed (crc32 differs)")
         return data
+
+    def read_start(self, sample: int, size: int) -> bytes:
+        """The first bytes of a sample's encoded picture, all of them if it has fewer; for headers, so not compared.
+
+        Raises:
+            IndexError: there is no such sample.
+            BadInput: the shard has gone.
+        """
+        offset_512, whole, _ = self._index[sample].item()
+        return self._pread(self._shard_of(sample), min(size, whole), offset_512 * TAR_BLOCK)
+
+    def sizes(self) -> NDArray[np.uint32]:
+        """Bytes of every encoded picture, [N]."""
+        sizes: NDArray[np.uint32] = self._index["size"]
+        return sizes
+
+    def facts(self, sample: int) -> dict[str, Any]:
+        """What KEY.json says of a sample: path, width, height and so on; nothing where it does not follow the picture.
+
+        Raises:
+            IndexError: there is no such sample.
+            BadInput: the shard has gone.
+        """
+        offset_512, size, _ = self._index[sample].item()
+        at = (offset_512 + -(-size // TAR_BLOCK)) * TAR_BLOCK
+        head = self._pread(self._shard_of(sample), _FACTS_READ, at)
+        name, length = head[:100].split(b"\0")[0], head[124:135].strip(b" \0")
+        if not name.endswith(b".json") or not length.isdigit():
+            return {}
+        if (end := TAR_BLOCK + int(length, 8)) > len(head):
+            head = self._pread(self._shard_of(sample), min(end, _MAX_FACTS), at)
+        try:
+            found = json.loads(head[TAR_BLOCK:end])
+        except ValueError:  # cut off, or made by others
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def describe(self, sample: int) -> str:
         """Name a sample for a message: `train-000003.tar: sample 17 (key 000003017)`."""
