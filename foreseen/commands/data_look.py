@@ -241,6 +241,6 @@ def _tile(pictures: "Pictures", classes: tuple[str, ...] | None, sample: int) ->
     try:
         pixels = decode(pictures.read(sample), fast=False)
     except (CorruptSample, OSError, BadInput) as error:
-        return Tile(None, caption or name.rsplit("/", 1)[-1], str(error))
+        return Tile(str(error), caption, name)
     size = f"{pixels.shape[1]} × {pixels.shape[0]}"
     return Tile(shrink(pixels), caption or size, name)

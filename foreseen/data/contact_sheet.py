@@ -1,5 +1,6 @@
 """A contact sheet: many small pictures with their labels and names below them, in one image."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -21,12 +22,12 @@ class Tile:
     """One picture of a sheet.
 
     Attributes:
-        pixels: upright RGB [H, W, 3]; None where it cannot be read.
+        pixels: upright RGB [H, W, 3], or why it cannot be read, which then stands in its place.
         caption: the line below it, such as its label.
-        note: the fainter line below that, such as its path, of which the end is shown; or why it cannot be read.
+        note: the fainter line below that, such as its path, of which the end is shown.
     """
 
-    pixels: NDArray[np.uint8] | None
+    pixels: NDArray[np.uint8] | str
     caption: str
     note: str
 
@@ -70,17 +71,18 @@ def draw_sheet(
 
 def _draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, place: tuple[int, int], tile: Tile, side: int) -> None:
     left, top = place
-    if tile.pixels is None:
-        pen.rectangle((left, top, left + side - 1, top + side - 1), fill=_EMPTY)
-        pen.line((left, top, left + side - 1, top + side - 1), fill="#c5c9ce")
-        pen.line((left, top + side - 1, left + side - 1, top), fill="#c5c9ce")
+    pen.rectangle((left, top, left + side - 1, top + side - 1), fill=_EMPTY)
+    if isinstance(tile.pixels, str):
+        lines = textwrap.wrap(tile.pixels, max(1, side // 7))[: (side - _GAP) // _line(_NOTE_SIZE)]
+        for number, line in enumerate(lines):
+            place = (left + _GAP // 2, top + _GAP // 2 + number * _line(_NOTE_SIZE))
+            _write(pen, place, line, _NOTE_SIZE, _FAINT, side - _GAP)
     else:
         picture = Image.fromarray(tile.pixels)
         scale = side / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         # What is smaller than its square is enlarged in whole pixels, so that one sees what is there.
         method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-        pen.rectangle((left, top, left + side - 1, top + side - 1), fill=_EMPTY)
         sheet.paste(picture.resize(size, method), (left + (side - size[0]) // 2, top + (side - size[1]) // 2))
     below = top + side + 3
     _write(pen, (left, below), tile.caption, _CAPTION_SIZE, _INK, side)
@@ -126,7 +128,8 @@ def _font_file(letters: frozenset[str]) -> str:
     wanted = {ord(letter) for letter in letters} - {ord(" ")}
     if wanted <= _letters_of(str(usual)):
         return str(usual)
-    others = sorted(entry.fname for entry in fontManager.ttflist if entry.style == "normal" and entry.weight == 400)
+    upright = (entry for entry in fontManager.ttflist if entry.style == "normal" and entry.weight == 400)
+    others = sorted(entry.fname for entry in upright if "LastResort" not in entry.fname)  # which draws boxes alone
     return next((file for file in others if wanted <= _letters_of(file)), str(usual))
 
 
