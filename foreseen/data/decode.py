@@ -48,9 +48,7 @@ _TRANSPOSE = {
 _PLAIN_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _SKIPPED_SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
-_TIFF_SUBFILE, _TIFF_PHOTOMETRIC, _TIFF_DNG = 254, 262, 50706
-_TIFF_COLOUR_FILTER = 32803
-_PYTHON_DECODERS = frozenset({"ppm", "ppm_plain"})  # of Pillow, some seconds a million pixels
+_TIFF_SUBFILE, _TIFF_DNG = 254, 50706
 _MAX_PYTHON_PIXELS = 4_000_000
 
 
@@ -102,8 +100,10 @@ def decode_error(data: bytes, error: Exception) -> DecodeError:
     """What Pillow raised over some bytes, as a reason that a reader can use."""
     if isinstance(error, DecodeError):
         return error
-    if isinstance(error, UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError) or str(error) == "could not create decoder object":  # libwebp's only
         return DecodeError(name_bytes(data, FORMATS))
+    if isinstance(error, Image.DecompressionBombError) and (pixels := re.search(r"\d+", str(error))):
+        return DecodeError(f"its header promises {int(pixels[0]):,} pixels, more than Pillow decodes")
     return DecodeError(str(error).strip() or type(error).__name__)
 
 
@@ -114,8 +114,8 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
             _check_pixels(*image.size, max_pixels)
             if image.format == "TIFF":
                 _check_tiff(image, max_pixels)
-            if image.tile and image.tile[0].codec_name in _PYTHON_DECODERS:
-                _check_pixels(*image.size, _MAX_PYTHON_PIXELS)
+            if image.format == "PPM":
+                _check_ppm(image)
             is_16_bit = image.format == "PNG" and data[24:25] == b"\x10"
             image.load()
             upright = to_rgb(image, is_16_bit=is_16_bit)
@@ -128,10 +128,18 @@ def _check_tiff(image: Any, max_pixels: int) -> None:
     tags = image.tag_v2
     # A tile's buffer is taken whole, however small the picture.
     _check_pixels(tags.get(_TIFF_TILE_WIDTH, 1), tags.get(_TIFF_TILE_LENGTH, 1), max_pixels)
-    if _TIFF_DNG in tags or tags.get(_TIFF_PHOTOMETRIC) == _TIFF_COLOUR_FILTER:
+    if _TIFF_DNG in tags:
         raise DecodeError("it is a raw camera file: develop it to JPEG or TIFF")
     if tags.get(_TIFF_SUBFILE, 0) == 1:
         raise DecodeError("its first page is a preview of another one, as in raw camera files: save it as a plain TIFF")
+
+
+def _check_ppm(image: Image.Image) -> None:
+    decoder = image.tile[0].codec_name
+    if decoder == "ppm_plain":  # of a number that was cut the first digits are left, and nobody notices
+        raise DecodeError("it is netpbm in text, of which nobody can tell whether it is whole: save it as PNG")
+    if decoder == "ppm":  # plain Python, some seconds a million pixels
+        _check_pixels(*image.size, _MAX_PYTHON_PIXELS)
 
 
 def _check_webp_canvas(data: bytes, max_pixels: int) -> None:

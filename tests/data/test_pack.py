@@ -189,7 +189,7 @@ def test_unreadable_pictures_are_left_out_and_named(tmp_path: Path) -> None:
     seen = ["empty.jpg", "half.jpg", "page.jpg"]
     summary = pack(FolderListing(source), tmp_path / "set", "train", shard_samples=2, workers=1)
     assert sorted(name for name, _ in summary.unreadable) == seen
-    assert dict(summary.unreadable)["page.jpg"].startswith("it is no picture")
+    assert dict(summary.unreadable)["page.jpg"].startswith("it is a web page")
     lines = (tmp_path / "set" / "train.unreadable.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == seen
     data = ShardSet.open(tmp_path / "set", "train")
