@@ -134,7 +134,7 @@ def _check_tiff(image: Any, max_pixels: int) -> None:
         raise DecodeError("its first page is a preview of another one, as in raw camera files: save it as a plain TIFF")
 
 
-def _check_ppm(image: Image.Image) -> None:
+def _check_ppm(image: Any) -> None:
     decoder = image.tile[0].codec_name
     if decoder == "ppm_plain":  # of a number that was cut the first digits are left, and nobody notices
         raise DecodeError("it is netpbm in text, of which nobody can tell whether it is whole: save it as PNG")

@@ -301,7 +301,7 @@ def test_a_second_split_joins_and_an_existing_one_is_refused(picture_folder: Pat
     assert len(ShardSet.open(out, "val")) == 5
     assert contents(out)["train-000000.tar"] == before
     expected = {"manifest.json", "train-000000.tar", "train.index.npy", "train.labels.npy"}
-    assert set(contents(out)) == expected | {"val-000000.tar", "val.index.npy", "val.labels.npy"}
+    assert set(contents(out)) == expected | {"val-000000.tar", "val.index.npy", "val.labels.npy", "val.duplicates.txt"}
 
 
 def test_two_packings_into_one_folder_are_refused(picture_folder: Path, tmp_path: Path) -> None:
