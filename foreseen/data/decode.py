@@ -139,7 +139,7 @@ def _check_ppm(image: Any) -> None:
     if decoder == "ppm_plain":  # of a number that was cut the first digits are left, and nobody notices
         raise DecodeError("it is netpbm in text, of which nobody can tell whether it is whole: save it as PNG")
     if decoder == "ppm":  # plain Python, some seconds a million pixels
-        _check_pixels(*image.size, _MAX_PYTHON_PIXELS)
+        _check_pixels(image.width, image.height, _MAX_PYTHON_PIXELS)
 
 
 def _check_webp_canvas(data: bytes, max_pixels: int) -> None:

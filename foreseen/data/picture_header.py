@@ -74,4 +74,6 @@ def _bits(image: Image.Image, data: bytes) -> int:
     found = tags.get(_BITS_TAG)
     if found is not None:
         return int(found[0] if isinstance(found, tuple) else found)
+    if image.format == "PPM" and image.mode == "I":
+        return 16
     return 16 if image.mode.startswith("I;16") else _BITS.get(image.mode, 8)
