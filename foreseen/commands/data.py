@@ -149,9 +149,7 @@ def _report(summary: "Summary") -> None:
         if split == summary.split:
             print(f"  {count:,} pictures repeat an earlier one byte for byte, and were kept")
         else:
-            print(
-                f"  WARNING: {count:,} pictures are also in the split {split}: a score on one would be learnt by heart"
-            )
+            print(f"  LEAK: {count:,} pictures are also in the split {split}, byte for byte: remove them from one")
     if summary.duplicates:
         print(f"  all of them: {summary.path / summary.split}.duplicates.txt")
     if summary.unreadable:
