@@ -37,7 +37,7 @@ _THUMBNAIL = 16
 _CHUNK = 256  # pictures decoded by one task
 _LEAST_CONTRAST = 4.0  # grey levels; below it a hash is noise
 _PARTS, _PART_BITS, _PART_DISTANCE = 4, 16, 2
-_BLOCK = 4_000_000  # pairs compared at once
+_BLOCK = 1_000_000  # pairs compared at once, few enough for a cache
 
 Uint64s = NDArray[np.uint64]
 
@@ -196,7 +196,10 @@ def _alike_mirrored(hashes: Uint64s, mirrored: Uint64s, max_distance: int) -> ND
 
 
 def _join(left: Uint64s, right: Uint64s, max_distance: int) -> NDArray[np.int64]:
-    """Every pair (i, j), [M, 2], with at most `max_distance` different bits between left[i] and right[j]."""
+    """Every pair (i, j), [M, 2], with at most `max_distance` different bits between left[i] and right[j].
+
+    Where both are the same array, each pair comes in one order only.
+    """
     found = [np.empty((0, 2), np.int64)]
     flips = [
         sum(1 << bit for bit in bits)
@@ -204,21 +207,31 @@ def _join(left: Uint64s, right: Uint64s, max_distance: int) -> NDArray[np.int64]
         for bits in itertools.combinations(range(_PART_BITS), count)
     ]
     for part in range(_PARTS):
-        shift = np.uint64(part * _PART_BITS)
-        keys, others = (((side >> shift) & np.uint64(0xFFFF)).astype(np.int64) for side in (left, right))
-        order = np.argsort(others, kind="stable")
-        starts = np.r_[0, np.cumsum(np.bincount(others, minlength=1 << _PART_BITS))]
+        # In the order of their parts, partners lie side by side, and reading them is reading on.
+        (keys, order, ours), (other_keys, other_order, theirs) = (_by_part(side, part) for side in (left, right))
+        starts = np.r_[0, np.cumsum(np.bincount(other_keys, minlength=1 << _PART_BITS))]
         for flip in flips:
-            begins, ends = starts[keys ^ flip], starts[(keys ^ flip) + 1]
-            for block in _blocks(ends - begins):
-                counts = (ends - begins)[block]
-                i = np.repeat(np.arange(block.start, block.stop), counts)
-                offsets = np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
-                j = order[np.repeat(begins[block], counts) + offsets]
-                near = _count_bits(left[i] ^ right[j]) <= max_distance
-                found.append(np.stack([i[near], j[near]], axis=1))
+            wanted = keys ^ flip
+            counts = starts[wanted + 1] - starts[wanted]
+            if left is right:
+                counts[wanted < keys] = 0
+            for block in _blocks(counts):
+                until = np.cumsum(counts[block])
+                if not until[-1]:
+                    continue
+                j = np.arange(until[-1]) + np.repeat(starts[wanted[block]] - until + counts[block], counts[block])
+                near = np.flatnonzero(_count_bits(np.repeat(ours[block], counts[block]) ^ theirs[j]) <= max_distance)
+                i = block.start + np.searchsorted(until, near, side="right")
+                found.append(np.stack([order[i], other_order[j[near]]], axis=1))
     pairs: NDArray[np.int64] = np.unique(np.concatenate(found), axis=0)
     return pairs
+
+
+def _by_part(hashes: Uint64s, part: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Uint64s]:
+    """One part of each hash, sorted; where the hashes stood; the hashes in that order."""
+    keys = ((hashes >> np.uint64(part * _PART_BITS)) & np.uint64(0xFFFF)).astype(np.int64)
+    order = np.argsort(keys, kind="stable")
+    return keys[order], order, hashes[order]
 
 
 def _blocks(counts: NDArray[np.int64]) -> Iterator[slice]:
