@@ -17,6 +17,7 @@ import re
 import struct
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from typing import Any
@@ -82,11 +83,9 @@ def decode(
         raise DecodeError(f"it has {len(data):,} bytes, more than the {max_bytes:,} allowed")
     if fast and (decode_jpeg := _torchcodec()) is not None and (size := _plain_jpeg_size(data)) is not None:
         _check_pixels(*size, max_pixels)
-        try:
+        with suppress(RuntimeError):  # Pillow then judges, as it did at packing, and has the better words
             pixels: NDArray[np.uint8] = decode_jpeg(data).permute(1, 2, 0).contiguous().numpy()
-        except RuntimeError as error:
-            raise DecodeError(str(error).splitlines()[0]) from None
-        return pixels
+            return pixels
     _check_webp_canvas(data, max_pixels)
     try:
         return _decode_with_pillow(data, max_pixels)

@@ -490,6 +490,25 @@ def test_strict_lists_every_bad_picture_of_a_folder(tmp_path: Path) -> None:
 # Loader and packer agree
 
 
+@pytest.mark.skipif(_torchcodec() is None, reason="torchcodec is not installed")
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_torchcodec_and_pillow_agree_on_damaged_jpegs(options: dict[str, object]) -> None:
+    whole, generator, read = encoded(picture(120, 90), **options), random.Random(1), 0
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(generator.choice((1, 3, 20))):
+            data[generator.randrange(2, len(data))] = generator.randrange(256)
+        outcomes: list[object] = []
+        for fast in (False, True):
+            try:
+                outcomes.append(decode(bytes(data), fast=fast).tolist())
+            except DecodeError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+        read += not isinstance(outcomes[0], str)
+    assert 20 < read < 180
+
+
 def test_what_is_packed_decodes_to_what_was_in_the_source(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
