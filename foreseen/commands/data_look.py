@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from foreseen.data.contact_sheet import Tile
     from foreseen.data.picture_statistics import Labels, Statistics
     from foreseen.data.pictures import Pictures
@@ -113,11 +115,11 @@ def _describe_labels(labels: "Labels") -> list[str]:
     return lines
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: float) -> str:
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count = count / 1000  # type: ignore[assignment]
+            return f"{count:,.{0 if unit == 'bytes' else 1}f} {unit}"
+        count /= 1000
     return f"{count:,.1f} GB"
 
 
@@ -125,7 +127,7 @@ def _number(quantity: str, value: float) -> str:
     return f"{value:,.2f}" if quantity in ("ratio", "megapixels") else f"{value:,.0f}"
 
 
-def _shares(counts: dict[str, int] | Any) -> str:
+def _shares(counts: "Mapping[str, int]") -> str:
     total = sum(counts.values())
     return "; ".join(f"{name} {count:,} ({100 * count / total:.1f} %)" for name, count in counts.items()) or "unknown"
 

@@ -6,7 +6,7 @@ Perceptual Image Hash Functions"). Pairs of hashes that differ in few bits are t
 all: cut into four parts of 16 bits, two hashes with at most 10 different bits have a part with at most 2 (multi-index
 hashing, Norouzi et al. 2012, arXiv:1307.2982). At last the thumbnails of each pair are correlated, which decides.
 
-Thumbnails lie in a file that is removed at the end, a kilobyte a picture or less; the rest is 12 bytes a picture.
+Thumbnails lie in a file that is removed at the end, a kilobyte a picture or less; the rest is 20 bytes a picture.
 """
 
 import itertools

@@ -13,7 +13,7 @@ from PIL import Image
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF 6.0
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
-_ROWS_AT_ONCE = 1 << 20  # pixels, about: what is computed in floats is never a whole large picture
+_PIXELS_AT_ONCE = 1 << 20  # about: what is computed in floats is never a whole large picture
 
 
 def to_rgb(image: Image.Image, *, is_16_bit: bool = False) -> Image.Image:
@@ -74,7 +74,7 @@ def _stretch(values: NDArray[Any]) -> NDArray[np.uint8]:
     lowest to the highest of them. NaN, which maps use for "no data", becomes black, infinity the end that it is near.
     """
     is_float = values.dtype.kind == "f"
-    rows = max(1, _ROWS_AT_ONCE // max(1, values.shape[1]))
+    rows = max(1, _PIXELS_AT_ONCE // max(1, values.shape[1]))
     blocks = [slice(start, start + rows) for start in range(0, len(values), rows)]
     finite = [found for block in blocks if len(found := _finite(values[block]))]
     if not finite:

@@ -233,7 +233,7 @@ def test_integers_of_more_bits_or_with_a_sign_keep_their_values_or_are_stretched
 def test_stretching_in_blocks_gives_what_stretching_at_once_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(Image.fromarray(np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32)), "TIFF")
     whole = decode(data)
-    monkeypatch.setattr("foreseen.data.pixel_modes._ROWS_AT_ONCE", 90)
+    monkeypatch.setattr("foreseen.data.pixel_modes._PIXELS_AT_ONCE", 90)
     np.testing.assert_array_equal(decode(data), whole)
     assert (whole.min(), whole.max()) == (0, 255)
 
