@@ -428,6 +428,9 @@ def test_no_header_bomb_takes_more_than_64_mb() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 18
+    assert any(line.startswith("WEBP canvas refused: it is 65000 x 65000 pixels") for line in lines), (
+        "before it is opened"
+    )
     assert [line for line in lines if "refused" not in line] == ["PNG whose pixels unfold to 256 MB (1, 1, 3)"]
 
 
