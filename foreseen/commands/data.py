@@ -1,4 +1,4 @@
-"""`foreseen data`: pictures on disk to shards."""
+"""`foreseen data`: pictures on disk to shards, and a look at them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,10 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from foreseen.commands import data_look
+
 if TYPE_CHECKING:
     from foreseen.data.pack import Summary
 
-app = typer.Typer(help="Pack pictures into shards, which every other command reads.", no_args_is_help=True)
+app = typer.Typer(
+    help="Pack pictures into shards, which every other command reads, and look at them.", no_args_is_help=True
+)
+app.command()(data_look.stats)
+app.command()(data_look.show)
 
 MaxSide = Annotated[
     int | None, typer.Option(help="Shrink pictures to this longest side, in pixels. Default: keep them.")
@@ -165,6 +171,13 @@ def _report(summary: "Summary") -> None:
         print(f"  {summary.shrunk:,} pictures were shrunk")
     if summary.converted:
         print(f"  {summary.converted:,} pictures of other formats were converted to {summary.image}")
+    for split, count in summary.duplicates.items():
+        if split == summary.split:
+            print(f"  {count:,} pictures repeat an earlier one byte for byte, and were kept")
+        else:
+            print(f"  LEAK: {count:,} pictures are also in the split {split}, byte for byte: remove them from one")
+    if summary.duplicates:
+        print(f"  all of them: {summary.path / summary.split}.duplicates.txt")
     if summary.unreadable:
         name, reason = min(summary.unreadable)
         print(f"  {len(summary.unreadable):,} pictures cannot be read and were left out, such as {name}: {reason}")

@@ -3,24 +3,35 @@
 The header is read, and the size refused, before any pixel decoder runs: a small file may promise 65,000 x 65,000
 pixels, and most decoders take the 12 GB. Pillow decodes everything, with a list of formats. torchcodec (extra `fast`)
 takes plain JPEGs where it is installed; it uses the same libjpeg-turbo, and a test holds both to the same pixels.
+
+The list of formats is short on purpose: their sizes can be known before memory is taken, and their decoders are either
+plain Python or the libraries that browsers stand on. AVIF is not among them, since an 8 x 8 header may hold a stream of
+16,384 x 16,384, nor is JPEG 2000, nor TGA, which any bytes may be. `docs/dirty_pictures.md` says what becomes of what.
+
+Colour profiles (ICC) are not applied, as in nearly all training code: what a phone calls Display P3 comes out a little
+pale. Four-channel JPEGs are read as Adobe's inverted CMYK, whatever their markers say, as browsers do.
 """
 
 import importlib
 import re
 import struct
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from foreseen.data.not_pictures import name_bytes
+from foreseen.data.pixel_modes import to_rgb
 from foreseen.data.shards import CorruptSample
 from foreseen.data.store import MAX_BYTES
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000
 
 _ORIENTATION_TAG = 0x0112
@@ -38,6 +49,8 @@ _TRANSPOSE = {
 _PLAIN_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _SKIPPED_SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
+_TIFF_SUBFILE, _TIFF_DNG = 254, 50706
+_MAX_PYTHON_PIXELS = 4_000_000
 
 
 class DecodeError(CorruptSample):
@@ -49,11 +62,11 @@ def decode(
 ) -> NDArray[np.uint8]:
     """Decode a picture to upright 8-bit RGB.
 
-    EXIF orientation is applied, transparency laid on white, 16-bit grey scaled to 8 bits; of an animation the first
-    frame is taken.
+    EXIF orientation is applied, transparency laid on white, more than 8 bits are scaled (see `pixel_modes`); of an
+    animation or of many pages the first is taken.
 
     Args:
-        data: JPEG, PNG, WEBP, BMP, GIF or TIFF.
+        data: JPEG, PNG, WEBP, BMP, GIF, TIFF or PPM (PBM, PGM, PFM).
         max_pixels: most pixels, width × height. Pillow refuses more than 178 million whatever is said here.
         max_bytes: longest `data`.
         fast: let torchcodec decode plain JPEGs if it is installed. It needs torch, which is imported for it.
@@ -70,46 +83,69 @@ def decode(
         raise DecodeError(f"it has {len(data):,} bytes, more than the {max_bytes:,} allowed")
     if fast and (decode_jpeg := _torchcodec()) is not None and (size := _plain_jpeg_size(data)) is not None:
         _check_pixels(*size, max_pixels)
-        try:
+        with suppress(RuntimeError):  # Pillow then judges, as it did at packing, and has the better words
             pixels: NDArray[np.uint8] = decode_jpeg(data).permute(1, 2, 0).contiguous().numpy()
-        except RuntimeError as error:
-            raise DecodeError(str(error).splitlines()[0]) from None
-        return pixels
+            return pixels
+    _check_webp_canvas(data, max_pixels)
     try:
         return _decode_with_pillow(data, max_pixels)
-    except DecodeError:
+    except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly everything on malformed input
-        if isinstance(error, MemoryError):
-            raise
-        raise DecodeError(_reason(error)) from None
+        raise decode_error(data, error) from None
+
+
+def decode_error(data: bytes, error: Exception) -> DecodeError:
+    """What Pillow raised over some bytes, as a reason that a reader can use."""
+    if isinstance(error, DecodeError):
+        return error
+    if isinstance(error, UnidentifiedImageError) or str(error) == "could not create decoder object":  # libwebp's only
+        return DecodeError(name_bytes(data, FORMATS))
+    if isinstance(error, Image.DecompressionBombError) and (pixels := re.search(r"\d+", str(error))):
+        return DecodeError(f"its header promises {int(pixels[0]):,} pixels, more than Pillow decodes")
+    return DecodeError(str(error).strip() or type(error).__name__)
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    with Image.open(BytesIO(data), formats=FORMATS) as image:
-        _check_pixels(*image.size, max_pixels)
-        if image.format == "TIFF":  # a tile's buffer is taken whole, however small the picture
-            tags: Any = image.tag_v2  # type: ignore[attr-defined]
-            _check_pixels(tags.get(_TIFF_TILE_WIDTH, 1), tags.get(_TIFF_TILE_LENGTH, 1), max_pixels)
-        image.load()
-        upright: Image.Image = image
-        if (method := _TRANSPOSE.get(_orientation(image))) is not None:
-            upright = image.transpose(method)
-        return np.array(_to_rgb(upright))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata; what matters is raised
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            _check_pixels(*image.size, max_pixels)
+            if image.format == "TIFF":
+                _check_tiff(image, max_pixels)
+            if image.format == "PPM":
+                _check_ppm(image)
+            is_16_bit = image.format == "PNG" and data[24:25] == b"\x10"
+            image.load()
+            upright = to_rgb(image, is_16_bit=is_16_bit)
+            if (method := _TRANSPOSE.get(_orientation(image))) is not None:
+                upright = upright.transpose(method)
+            return np.array(upright)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise DecodeError("its pixels are 32-bit numbers without an agreed range: convert it to 8 or 16 bits")
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return image.convert("RGB")
+def _check_tiff(image: Any, max_pixels: int) -> None:
+    tags = image.tag_v2
+    # A tile's buffer is taken whole, however small the picture.
+    _check_pixels(tags.get(_TIFF_TILE_WIDTH, 1), tags.get(_TIFF_TILE_LENGTH, 1), max_pixels)
+    if _TIFF_DNG in tags:
+        raise DecodeError("it is a raw camera file: develop it to JPEG or TIFF")
+    if tags.get(_TIFF_SUBFILE, 0) == 1:
+        raise DecodeError("its first page is a preview of another one, as in raw camera files: save it as a plain TIFF")
+
+
+def _check_ppm(image: Any) -> None:
+    decoder = image.tile[0].codec_name
+    if decoder == "ppm_plain":  # of a number that was cut the first digits are left, and nobody notices
+        raise DecodeError("it is netpbm in text, of which nobody can tell whether it is whole: save it as PNG")
+    if decoder == "ppm":  # plain Python, some seconds a million pixels
+        _check_pixels(image.width, image.height, _MAX_PYTHON_PIXELS)
+
+
+def _check_webp_canvas(data: bytes, max_pixels: int) -> None:
+    """Of an extended WEBP, compare the canvas, for which libwebp takes memory as soon as it is opened."""
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and len(data) >= 30:
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        _check_pixels(width, height, max_pixels)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -123,12 +159,6 @@ def _orientation(image: Image.Image) -> int:
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise DecodeError(f"it is {width} x {height} pixels, more than the {max_pixels:,} allowed")
-
-
-def _reason(error: Exception) -> str:
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "it is no picture in a format that is read (" + ", ".join(FORMATS) + ")"
-    return str(error).strip() or type(error).__name__
 
 
 @cache

@@ -11,19 +11,21 @@ import shutil
 import signal
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foreseen.data.manifest import Split
+from foreseen.data.duplicates import report_duplicates
+from foreseen.data.manifest import Manifest, Split
 from foreseen.data.publish import Plan, begin, is_finished, lock_folder, publish, read_manifest_or_none_yet
-from foreseen.data.shards import TAR_BLOCK
+from foreseen.data.shards import TAR_BLOCK, ShardSet
 from foreseen.data.source import IMAGE_SUFFIXES, Missing, SourceSample
 from foreseen.data.write_shard import ShardJob, ShardResult, write_shard
 from foreseen.errors import BadInput
@@ -34,8 +36,8 @@ Progress = Callable[[int, int], None]
 
 _SHARD_SAMPLES, _MAX_SHARD_SAMPLES = 1000, 1_000_000
 _FACTS_BYTES = 64  # of KEY.json: the names and numbers that every picture has
-_LOSSLESS_SUFFIXES = frozenset({".png", ".bmp", ".gif", ".tif", ".tiff"})
 _JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
+_LOSSLESS_SUFFIXES = IMAGE_SUFFIXES - _JPEG_SUFFIXES - {".webp"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Summary:
         image: extension of its pictures.
         unreadable: name and reason of each picture left out; also in OUT/SPLIT.unreadable.txt.
         converted, shrunk: pictures encoded anew because of their format, and because of their size.
+        duplicates: how many pictures are byte for byte those of another split, by its name, or, by the split's own, of
+            an earlier one of this split; also in OUT/SPLIT.duplicates.txt.
         kept_shards: shards that an earlier, killed packing had finished.
         was_there: the split had been packed before, and nothing was done.
     """
@@ -63,6 +67,7 @@ class Summary:
     shrunk: int
     kept_shards: int
     was_there: bool = False
+    duplicates: Mapping[str, int] = field(default_factory=dict)
 
 
 def pack(
@@ -159,7 +164,8 @@ def pack(
             shutil.rmtree(work)
             raise BadInput(_refusal(out, split, unreadable, len(samples)))
         entry = publish(out, work, plan, classes, shards, results)
-    return _summarise(out, split, entry, results, kept_shards=len(kept))
+        duplicates = report_duplicates(out / f"{split}.duplicates.txt", _open_with_others(out, split, manifest))
+    return _summarise(out, split, entry, results, kept_shards=len(kept), duplicates=duplicates)
 
 
 def count_cpus() -> int:
@@ -175,6 +181,7 @@ def _summarise(
     *,
     kept_shards: int = 0,
     was_there: bool = False,
+    duplicates: Mapping[str, int] | None = None,
 ) -> Summary:
     return Summary(
         path=out,
@@ -188,7 +195,17 @@ def _summarise(
         shrunk=sum(result.shrunk for result in results),
         kept_shards=kept_shards,
         was_there=was_there,
+        duplicates=duplicates or {},
     )
+
+
+def _open_with_others(out: Path, split: str, manifest: Manifest) -> list[ShardSet]:
+    """The other splits of the set that can be opened, and after them the one that was packed."""
+    others = []
+    for name in sorted(set(manifest.splits) - {split}):
+        with suppress(BadInput):  # damaged, which is no fault of this packing
+            others.append(ShardSet.open(out, name))
+    return [*others, ShardSet.open(out, split)]
 
 
 def _check_options(

@@ -29,6 +29,8 @@ from foreseen.errors import BadInput
 # Offsets in a tar are multiples of 512, so 32 bits of them reach 2 TB; crc32 0 means not known.
 INDEX_ROW = np.dtype([("offset_512", "<u4"), ("size", "<u4"), ("crc32", "<u4")])
 TAR_BLOCK = 512
+_FACTS_READ = 4096  # header and json of a sample, mostly
+_MAX_FACTS = 1 << 20
 
 
 class CorruptSample(ValueError):
@@ -161,6 +163,42 @@ class ShardSet:
                 yield self._read_again(sample)
             except (CorruptSample, OSError) as error:
                 yield error
+
+    def read_start(self, sample: int, size: int) -> bytes:
+        """The first bytes of a sample's encoded picture, all of them if it has fewer; for headers, so not compared.
+
+        Raises:
+            IndexError: there is no such sample.
+            BadInput: the shard has gone.
+        """
+        name, whole, at, _ = self._locate(sample)
+        return self.store.pread(name, min(size, whole), at)
+
+    def sizes(self) -> NDArray[np.uint32]:
+        """Bytes of every encoded picture, [N]."""
+        sizes: NDArray[np.uint32] = self._index["size"]
+        return sizes
+
+    def facts(self, sample: int) -> dict[str, Any]:
+        """What KEY.json says of a sample: path, width, height and so on; nothing where it does not follow the picture.
+
+        Raises:
+            IndexError: there is no such sample.
+            BadInput: the shard has gone.
+        """
+        shard, size, start, _ = self._locate(sample)
+        at = start + -(-size // TAR_BLOCK) * TAR_BLOCK
+        head = self.store.pread(shard, _FACTS_READ, at)
+        name, length = head[:100].split(b"\0")[0], head[124:135].strip(b" \0")
+        if not name.endswith(b".json") or not length.isdigit():
+            return {}
+        if (end := TAR_BLOCK + int(length, 8)) > len(head):
+            head = self.store.pread(shard, min(end, _MAX_FACTS), at)
+        try:
+            found = json.loads(head[TAR_BLOCK:end])
+        except ValueError:  # cut off, or made by others
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def describe(self, sample: int) -> str:
         """Name a sample for a message: `train-000003.tar: sample 17 (key 000003017)`."""

@@ -22,7 +22,9 @@ from foreseen.data.shards import CorruptSample
 from foreseen.errors import BadInput
 
 IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what `decode` reads
+    # What `decode` reads.
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    | {".pbm", ".pgm", ".ppm", ".pnm", ".pfm"}
 )
 
 Box = tuple[int, int, int, int]

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from foreseen.data.damage import find_damage
 from foreseen.data.decode import DecodeError, decode
 from foreseen.data.shards import TAR_BLOCK, CorruptSample
 from foreseen.data.source import Box, Encoded, SourceSample
@@ -122,6 +123,8 @@ def _make_members(
     """The encoded members of a sample by extension, and its channel statistics [2, 3]."""
     data = _read(sample.image)
     pixels = decode(data, fast=False)
+    if (damage := find_damage(data)) is not None:
+        raise DecodeError(damage)
     statistics = _channel_statistics(pixels)
     height, width = pixels.shape[:2]
     scale = 1.0 if job.max_side is None else min(1.0, job.max_side / max(height, width))

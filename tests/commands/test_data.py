@@ -38,8 +38,19 @@ def test_unreadable_pictures_are_counted_and_shown(tmp_path: Path, picture_folde
     (source / "notes.txt").touch()
     said = run("pack", source, tmp_path / "set", "--workers", 1)
     assert "1 files of" in said
-    assert "1 pictures cannot be read and were left out, such as bad.jpg: it is no picture" in said
+    assert "1 pictures cannot be read and were left out, such as bad.jpg: it is a web page (HTML)" in said
     assert str(tmp_path / "set" / "train.unreadable.txt") in said
+
+
+def test_duplicates_are_counted_and_a_leak_across_splits_is_said_loudly(tmp_path: Path, picture_folder: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "source").mkdir(exist_ok=True)
+        (tmp_path / "source" / f"{name}.jpg").write_bytes(next(picture_folder.rglob("*.jpg")).read_bytes())
+    said = run("pack", tmp_path / "source", tmp_path / "set", "--workers", 1)
+    assert "1 pictures repeat an earlier one byte for byte, and were kept" in said
+    said = run("pack", tmp_path / "source", tmp_path / "set", "--split", "test", "--workers", 1)
+    assert "LEAK: 2 pictures are also in the split train, byte for byte" in said
+    assert str(tmp_path / "set" / "test.duplicates.txt") in said
 
 
 @pytest.mark.parametrize("arguments", [["pack", "nowhere", "out"], ["pets", "out", "--from", "nowhere"]])

@@ -178,7 +178,7 @@ def test_unreadable_pictures_are_left_out_and_listed(pictures: Path, recipe: Rec
     said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=pictures))
     (folder,) = cache.glob("packed-*")
     assert "1 pictures of t" in said
-    assert "such as a/bad.jpg: it is no picture" in said
+    assert "such as a/bad.jpg: it is a web page" in said
     (listed,) = folder.glob("*.unreadable.txt")
     assert str(listed) in said
 

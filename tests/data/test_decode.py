@@ -109,12 +109,6 @@ def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(grey), "TIFF"))[0, :, 2], [0, 1, 128, 255])
 
 
-def test_pixels_without_an_agreed_range_are_refused() -> None:
-    floats = Image.fromarray(np.ones((4, 4), np.float32))
-    with pytest.raises(DecodeError, match="agreed range"):
-        decode(encoded(floats, "TIFF"))
-
-
 @pytest.mark.parametrize("fast", [False, pytest.param(True, marks=needs_torchcodec)])
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -132,9 +126,9 @@ def test_a_truncated_file_is_refused(kind: str, options: dict[str, object], fast
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"<html>not found</html>", "no picture"),
-        (b"SIMPLE  =                    T" + b" " * 2850, "no picture"),  # FITS, which Pillow could open
-        (b"\x80\x04K*.", "no picture"),
+        (b"<html>not found</html>", "a web page"),
+        (b"SIMPLE  =                    T" + b" " * 2850, "it is FITS"),  # which Pillow could open
+        (b"\x80\x04K*.", "never opened"),
     ],
 )
 def test_what_is_no_picture_is_refused_with_the_reason(data: bytes, reason: str) -> None:
@@ -185,7 +179,7 @@ def tiff_bomb() -> bytes:
 def test_a_header_bomb_is_refused_before_memory_is_taken(bomb: object) -> None:
     data = bomb()  # type: ignore[operator]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DecodeError, match=r"650\d\d x 650\d\d pixels|decompression bomb"):
+    with pytest.raises(DecodeError, match=r"650\d\d x 650\d\d pixels|4,225,000,000 pixels"):
         decode(data)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
 

@@ -189,7 +189,7 @@ def test_unreadable_pictures_are_left_out_and_named(tmp_path: Path) -> None:
     seen = ["empty.jpg", "half.jpg", "page.jpg"]
     summary = pack(FolderListing(source), tmp_path / "set", "train", shard_samples=2, workers=1)
     assert sorted(name for name, _ in summary.unreadable) == seen
-    assert dict(summary.unreadable)["page.jpg"].startswith("it is no picture")
+    assert dict(summary.unreadable)["page.jpg"].startswith("it is a web page")
     lines = (tmp_path / "set" / "train.unreadable.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == seen
     data = ShardSet.open(tmp_path / "set", "train")
@@ -301,7 +301,7 @@ def test_a_second_split_joins_and_an_existing_one_is_refused(picture_folder: Pat
     assert len(ShardSet.open(out, "val")) == 5
     assert contents(out)["train-000000.tar"] == before
     expected = {"manifest.json", "train-000000.tar", "train.index.npy", "train.labels.npy"}
-    assert set(contents(out)) == expected | {"val-000000.tar", "val.index.npy", "val.labels.npy"}
+    assert set(contents(out)) == expected | {"val-000000.tar", "val.index.npy", "val.labels.npy", "val.duplicates.txt"}
 
 
 def test_two_packings_into_one_folder_are_refused(picture_folder: Path, tmp_path: Path) -> None:

@@ -196,3 +196,39 @@ def test_a_hundred_million_samples_open_at_once_and_small(tmp_path: Path) -> Non
     seconds, megabytes = map(float, result.stdout.split())
     assert seconds < 1.5  # under 1 s where nothing else runs
     assert megabytes < 200
+
+
+def test_the_facts_of_a_sample_are_those_of_its_json(tmp_path: Path, picture_folder: Path) -> None:
+    from foreseen.data.pack import pack
+    from foreseen.data.source import Blob, SourceSample
+
+    files = sorted(picture_folder.rglob("*.jpg"))[:3]
+    samples = [
+        SourceSample(file.name, Blob(str(file), file.stat().st_size), number, {"note": "é" * (3000 * number)})
+        for number, file in enumerate(files)
+    ]
+    pack(samples, tmp_path, "train", workers=1)
+    data = ShardSet.open(tmp_path, "train")
+    facts = [data.facts(sample) for sample in range(3)]
+    assert {fact["path"]: len(fact["note"]) for fact in facts} == {file.name: 3000 * n for n, file in enumerate(files)}
+    assert data.labels is not None
+    assert [fact["label"] for fact in facts] == data.labels.tolist()
+    for sample in (-1, 3):
+        with pytest.raises(IndexError):
+            data.facts(sample)
+
+
+def test_a_sample_without_a_json_behind_its_picture_has_no_facts(own_shards: Path) -> None:
+    data = ShardSet.open(own_shards, "train")
+    shard = own_shards / "train-000000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b".json\0", b".text\0"))
+    assert data.facts(0) == {}
+    shard.write_bytes(shard.read_bytes()[:3000])
+    assert data.facts(5) == {}
+
+
+def test_the_start_of_a_picture_is_read_alone(small_shards: Path) -> None:
+    data = ShardSet.open(small_shards, "train")
+    assert data.read_start(3, 10) == data.read(3)[:10]
+    assert data.read_start(3, 10**9) == data.read(3)
+    assert data.sizes()[3] == len(data.read(3))

@@ -1,0 +1,101 @@
+"""Pictures that are the same byte for byte, within a split and across splits, where they are a leak.
+
+Size and crc32 of every picture stand in the index, so candidates cost no reading. A crc32 of 32 bits agrees by chance
+once in a few ten thousand pictures of one size, so what is claimed was read again and hashed.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreseen.data.shards import CorruptSample, ShardSet
+from foreseen.errors import BadInput
+from foreseen.files import write_atomically
+
+PAIR = np.dtype([("set", "<u2"), ("sample", "<i8"), ("other_set", "<u2"), ("other", "<i8")])
+
+
+def exact_duplicates(sets: Sequence[ShardSet]) -> NDArray[Any]:
+    """Find byte-identical pictures.
+
+    Args:
+        sets: splits, of one set or of several. Samples whose checksum is not in the index are not compared:
+            `foreseen data check` fills it in.
+
+    Returns:
+        Rows of `PAIR`, sorted: a sample that is there before, and the one that repeats it. A picture that repeats
+        others of its own split is paired with the first of them, and with the first of each earlier split that has it.
+    """
+    numbers, samples, hashes = _hash_candidates(sets)
+    order = np.lexsort((samples, numbers, hashes[:, 1], hashes[:, 0]))
+    numbers, samples, hashes = numbers[order], samples[order], hashes[order]
+    new_picture = np.r_[True, (hashes[1:] != hashes[:-1]).any(1)] if len(order) else np.zeros(0, bool)
+    picture = np.cumsum(new_picture) - 1
+    firsts = np.full((int(new_picture.sum()), len(sets)), -1, np.int64)
+    for number in range(len(sets)):
+        of_set = np.flatnonzero(numbers == number)[::-1]  # backwards: the first of a picture is written last
+        firsts[picture[of_set], number] = samples[of_set]
+    rows = []
+    for number in range(len(sets)):
+        first = firsts[picture, number]
+        repeats = (first >= 0) & ((numbers > number) | ((numbers == number) & (samples != first)))
+        found = np.zeros(int(repeats.sum()), PAIR)
+        found["set"], found["sample"] = number, first[repeats]
+        found["other_set"], found["other"] = numbers[repeats], samples[repeats]
+        rows.append(found)
+    return np.sort(np.concatenate([np.zeros(0, PAIR), *rows]), order=["other_set", "other", "set"])
+
+
+def _hash_candidates(sets: Sequence[ShardSet]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+    """Set number [M], sample [M] and hash of the bytes [M, 2] of all that share size and crc32 with another sample."""
+    digests = np.concatenate([np.zeros(0, np.uint64), *(data.picture_digests() for data in sets)])
+    order = np.argsort(digests, kind="stable")
+    same = digests[order[1:]] == digests[order[:-1]]
+    is_candidate = np.zeros(len(digests), bool)
+    is_candidate[order[1:][same]] = is_candidate[order[:-1][same]] = True
+    is_candidate &= (digests & np.uint64(0xFFFFFFFF)) != 0  # a crc32 of 0 is not known
+    counted = np.flatnonzero(is_candidate)
+    starts = np.cumsum([0, *(len(data) for data in sets)])
+    numbers = np.searchsorted(starts, counted, side="right") - 1
+    samples = counted - starts[numbers]
+    hashes = np.zeros((len(counted), 2), np.uint64)
+    readable = np.ones(len(counted), bool)
+    for row, (number, sample) in enumerate(zip(numbers.tolist(), samples.tolist(), strict=True)):
+        try:
+            digest = hashlib.blake2b(sets[number].read(sample), digest_size=16).digest()
+        except (CorruptSample, OSError, BadInput):  # `data check` names those
+            readable[row] = False
+        else:
+            hashes[row] = np.frombuffer(digest, np.uint64)
+    return numbers[readable], samples[readable], hashes[readable]
+
+
+def report_duplicates(file: Path, sets: Sequence[ShardSet]) -> dict[str, int]:
+    """Write which pictures of the last of some splits were there before, or remove an older such report.
+
+    A line names the picture, the split that has it too, and the picture there, separated by tabs.
+
+    Returns:
+        How many pictures of the last split repeat one of a split, by its name; those with none are left out.
+    """
+    last = len(sets) - 1
+    pairs = exact_duplicates(sets)
+    pairs = pairs[pairs["other_set"] == last]
+    if not len(pairs):
+        file.unlink(missing_ok=True)
+        return {}
+    lines = []
+    for number, sample, _, other in pairs.tolist():
+        lines.append("\t".join((_name(sets[last], other), sets[number].split, _name(sets[number], sample))) + "\n")
+    write_atomically(file, "".join(sorted(lines)))
+    counts = np.bincount(pairs["set"], minlength=len(sets))
+    return {data.split: int(count) for data, count in zip(sets, counts, strict=True) if count}
+
+
+def _name(data: ShardSet, sample: int) -> str:
+    path = data.facts(sample).get("path")
+    return path if isinstance(path, str) else data.describe(sample)

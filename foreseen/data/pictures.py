@@ -1,0 +1,106 @@
+"""Pictures to look at, one by one, whether they are packed or still lie where they came from."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreseen.data.manifest import Manifest, read_manifest
+from foreseen.data.open_source import SourceOptions, is_packed, open_source
+from foreseen.data.shards import ShardSet
+from foreseen.data.source import SourceSample
+from foreseen.data.write_shard import printable
+from foreseen.errors import BadInput
+
+
+class Pictures(Protocol):
+    """The pictures of one split, by number."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def labels(self) -> NDArray[np.int32] | None:
+        """Class number of each, [N], -1 where unlabelled; None where none has one."""
+
+    def sizes(self) -> NDArray[np.uint32]:
+        """Bytes of each, [N]."""
+
+    def name(self, sample: int) -> str:
+        """Path of a picture below its source, or its key where that is not known."""
+
+    def read(self, sample: int) -> bytes:
+        """The encoded picture; raises CorruptSample, OSError or BadInput where it cannot be had."""
+
+    def read_start(self, sample: int, size: int) -> bytes:
+        """The first bytes of it; raises as `read`."""
+
+
+class PackedPictures:
+    """Pictures of a split of shards."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self.shards, self.labels = shards, shards.labels
+        self.sizes, self.read, self.read_start = shards.sizes, shards.read, shards.read_start
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def name(self, sample: int) -> str:
+        """See `Pictures`."""
+        path = self.shards.facts(sample).get("path")
+        return path if isinstance(path, str) else self.shards.describe(sample)
+
+
+class ListedPictures:
+    """Pictures of a source that is not packed."""
+
+    def __init__(self, samples: Sequence[SourceSample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def labels(self) -> NDArray[np.int32] | None:
+        """See `Pictures`."""
+        found = np.array([-1 if sample.label is None else sample.label for sample in self.samples], np.int32)
+        return found if (found >= 0).any() else None
+
+    def sizes(self) -> NDArray[np.uint32]:
+        """See `Pictures`."""
+        return np.array([sample.image.size for sample in self.samples], np.uint32)
+
+    def name(self, sample: int) -> str:
+        """See `Pictures`."""
+        return printable(self.samples[sample].name)
+
+    def read(self, sample: int) -> bytes:
+        """See `Pictures`."""
+        return self.samples[sample].image.read()
+
+    def read_start(self, sample: int, size: int) -> bytes:
+        """See `Pictures`; a source has no cheaper way than to read it all."""
+        return self.samples[sample].image.read()[:size]
+
+
+def open_pictures(src: str, split: str | None = None) -> tuple[Mapping[str, Pictures], Manifest]:
+    """The splits of a packed set or of a source, or the one that is named.
+
+    Returns:
+        Pictures by split, and the manifest; that of a source that is not packed has the class names alone.
+
+    Raises:
+        BadInput: there is nothing that can be read, or no such split.
+    """
+    if is_packed(src):
+        path = Path(src).expanduser()
+        manifest = read_manifest(path)
+        names = sorted(manifest.splits) if split is None else [split]
+        return {name: PackedPictures(ShardSet.open(path, name)) for name in names}, manifest
+    found = open_source(src, SourceOptions()).read()
+    if split is not None and split not in found.splits:
+        raise BadInput(f"--split is {split!r}, {src} has {', '.join(found.splits)}")
+    chosen = found.splits if split is None else {split: found.splits[split]}
+    return {name: ListedPictures(samples) for name, samples in chosen.items()}, Manifest({}, found.classes)
