@@ -189,7 +189,7 @@ def index_digest(rows: NDArray[Any]) -> str:
 
 
 def _fingerprint(entry: Split) -> str:
-    digest = hashlib.blake2b(entry.index_digest.encode(), digest_size=16)
+    digest = hashlib.blake2b((entry.first_digest or entry.index_digest).encode(), digest_size=16)
     digest.update("".join(f"\n{name} {samples} {size}" for name, samples, size in entry.shards).encode())
     return digest.hexdigest()
 
