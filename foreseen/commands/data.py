@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from foreseen.commands import data_doctor
+
 if TYPE_CHECKING:
     from foreseen.data.pack import Summary
 
 app = typer.Typer(help="Pack pictures into shards, which every other command reads.", no_args_is_help=True)
+app.command()(data_doctor.check)
+app.command()(data_doctor.index)
 
 MaxSide = Annotated[
     int | None, typer.Option(help="Shrink pictures to this longest side, in pixels. Default: keep them.")

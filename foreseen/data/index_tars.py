@@ -188,7 +188,7 @@ def _index_tar(job: tuple[Path, IndexOptions]) -> IndexedShard:
         bytes=file.stat().st_size,
         faults=faults,
         extensions={},
-        passed_over=_passed_over(samples.unread(), samples.hidden, samples.nameless, samples.skipped),
+        passed_over=samples.passed_over(),
         several_pictures=samples.several_pictures() if options.image is None else 0,
     )
     if faults:
@@ -277,13 +277,6 @@ def _refusal(file: Path, faults: list[Fault]) -> str:
         f"{file} cannot be indexed: {counts}" + (f" ({names}: {first.reason})" if names else f" ({first.reason})") + ": "
         f"make a clean copy with `foreseen data repair {file.parent} OUT`; `foreseen data check {file}` lists them all"
     )
-
-
-def _passed_over(unread: dict[str, int], hidden: int, nameless: int, skipped: dict[str, int]) -> dict[str, int]:
-    found = {f"*.{extension}": count for extension, count in unread.items()}
-    found |= {"hidden members": hidden, "members without extension": nameless}
-    found |= {f"{kind}s" if kind != "unknown" else "members of unknown kinds": count for kind, count in skipped.items()}
-    return {what: count for what, count in found.items() if count}
 
 
 def _notes(shards: Sequence[IndexedShard]) -> tuple[str, ...]:

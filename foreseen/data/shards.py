@@ -75,8 +75,8 @@ class ShardSet:
             hint = f"; did you mean {near[0]}?" if near else ""
             has = ", ".join(sorted(manifest.splits)) or "none"
             raise BadInput(f"{path} has no split {split!r}, it has {has}{hint}")
-        index = _map_array(path / entry.index, INDEX_ROW, entry.samples)
-        labels = None if entry.labels is None else _map_array(path / entry.labels, np.dtype("<i4"), entry.samples)
+        index = map_array(path / entry.index, INDEX_ROW, entry.samples)
+        labels = None if entry.labels is None else map_array(path / entry.labels, np.dtype("<i4"), entry.samples)
         return cls(path, split, entry, manifest.classes, index, labels)
 
     def __len__(self) -> int:
@@ -194,7 +194,7 @@ def _fingerprint(entry: Split) -> str:
     return digest.hexdigest()
 
 
-def _map_array(file: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
+def map_array(file: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
     try:
         array = np.load(file, mmap_mode="r" if rows else None, allow_pickle=False)
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from foreseen.data.tars import Member, Tar
 
 # Of several pictures in a sample the first of these is the picture.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")
-READ_EXTENSIONS = frozenset({*IMAGE_EXTENSIONS, "json", "cls", "txt"})
+READ_EXTENSIONS = frozenset({*IMAGE_EXTENSIONS, "json", "cls"})
 _SHOWN = 3
 
 
@@ -127,6 +127,14 @@ class TarSamples:
             for name, count in zip(self.extensions, counts, strict=True)
             if name.rpartition(".")[2] not in READ_EXTENSIONS
         }
+
+    def passed_over(self) -> dict[str, int]:
+        """Everything in the tar that is never opened, by what it is."""
+        found = {f"*.{extension}": count for extension, count in self.unread().items()}
+        found |= {"hidden members": self.hidden, "members without extension": self.nameless}
+        found |= {f"{kind}s" if kind != "unknown" else "odd members": count for kind, count in self.skipped.items()}
+        found.pop("folders", None)
+        return {what: count for what, count in found.items() if count}
 
     def faults(self, image: str | None = None) -> list[Fault]:
         """What makes stock readers and an index go wrong, a fault a sample."""
