@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Pack pictures into shards, which every other command reads.", no_args_is_help=True)
 app.command()(data_doctor.check)
 app.command()(data_doctor.index)
+app.command()(data_doctor.repair)
 
 MaxSide = Annotated[
     int | None, typer.Option(help="Shrink pictures to this longest side, in pixels. Default: keep them.")
@@ -27,7 +28,9 @@ Column = Annotated[str | None, typer.Option(help="Of a CSV or Hugging Face set. 
 def pack(
     src: Annotated[
         str,
-        typer.Argument(help="Folder of pictures, CSV, or hf: and a name on the hub or a path.", show_default=False),
+        typer.Argument(
+            help="Folder of pictures, CSV, tars, or hf: and a name on the hub or a path.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder of the set; other splits may be in it.", show_default=False)],
     split: Annotated[
@@ -66,8 +69,9 @@ def pack(
     from foreseen.data.open_source import SourceOptions, open_source
     from foreseen.data.pack import pack as pack_samples
     from foreseen.data.table import Columns
+    from foreseen.data.tar_paths import holds_tars
 
-    is_table = src.startswith("hf:") or os.path.isfile(src)
+    is_table = src.startswith("hf:") or os.path.isfile(src) or holds_tars(src)
     columns = Columns(image=image_column, label=label_column, split=split_column)
     options = SourceOptions(labels or ("auto" if is_table else "none"), columns, hf_config)
     source = open_source(src, options)

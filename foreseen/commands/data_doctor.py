@@ -84,7 +84,8 @@ def index(
         Path | None, typer.Option(help="Folder for index and manifest. Default: that of the tars.", show_default=False)
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Name of the split. Default: as the file names say, such as train-000.tar; train.")
+        str | None,
+        typer.Option(help="Name of the split. Default: as the file names say, such as train-000.tar; train."),
     ] = None,
     image: Image = None,
     labels: Annotated[
@@ -92,9 +93,7 @@ def index(
         typer.Option(help="cls, json:FIELD, or none. Default: cls where every sample has a .cls, else none."),
     ] = None,
     classes: Classes = None,
-    checksums: Annotated[
-        bool, typer.Option("--checksums", help="Read every picture for its checksum.")
-    ] = False,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Read every picture for its checksum.")] = False,
     statistics: Annotated[
         bool, typer.Option("--statistics", help="Decode every picture for the channels' mean and deviation.")
     ] = False,
@@ -114,7 +113,9 @@ def index(
     files = find_tars(tars, compressed=False)
     folders = sorted({file.parent for file in files})
     if len(folders) > 1:
-        raise BadInput(f"the tars lie in several folders ({folders[0]}, {folders[1]}), a set in one: index each by itself")
+        raise BadInput(
+            f"the tars lie in several folders ({folders[0]}, {folders[1]}), a set in one: index each by itself"
+        )
     if classes is None and (folders[0] / CLASSES_FILE).is_file():
         classes = folders[0] / CLASSES_FILE
     rule = None if labels is None else LabelRule.parse(labels)
@@ -148,11 +149,38 @@ def index(
     print(f"next: foreseen pretrain mae_vit_b16 data.path={place} data.split={first}{at}")
 
 
+def repair(
+    src: Annotated[str, typer.Argument(help="Folder of a set, or tars.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="New folder for the clean copy.", show_default=False)],
+    shards_at: ShardsAt = None,
+    workers: Workers = None,
+) -> None:
+    """Write a clean copy of a set or of tars: what is whole, and the names of what is not."""
+    from foreseen.commands.progress import progress
+    from foreseen.data.repair import repair as write_copy
+
+    summaries = write_copy(
+        src, out, shards_at=shards_at, workers=workers, say=print, progress=lambda split: progress(f"copying {split}")
+    )
+    for summary in summaries:
+        where = f"{out}, split {summary.split}"
+        print(f"copied {summary.samples:,} samples ({summary.image}) in {summary.shards:,} shards: {where}")
+        if summary.converted:
+            print(f"  {summary.converted:,} pictures of other formats were converted to {summary.image}")
+        for name, reason in sorted(summary.unreadable)[:_SHOWN]:
+            print(f"  left out {name}: {reason}")
+        if summary.unreadable:
+            print(f"  {len(summary.unreadable):,} left out in all: {out / summary.split}.unreadable.txt")
+    print(f"next: foreseen data check {out}")
+
+
 def _print_findings(found: "Findings", seconds: float) -> None:
     shards, samples, size = (sum(column) for column in zip(*found.splits.values(), strict=True))
     what = "pictures decoded" if found.decoded else "pictures not decoded"
     what = what if found.is_indexed else "no index: structure alone"
-    print(f"checked {found.place}: {samples:,} samples in {shards:,} shards, {size / 1e6:,.1f} MB, {what}, {seconds:.1f} s")
+    print(
+        f"checked {found.place}: {samples:,} samples, {shards:,} shards, {size / 1e6:,.1f} MB, {seconds:.1f} s; {what}"
+    )
     for name, (shards, samples, _) in found.splits.items():
         if name:
             count = sum(fault.split == name for fault in found.faults)
@@ -163,14 +191,15 @@ def _print_findings(found: "Findings", seconds: float) -> None:
         print(f"  {found.without_checksum:,} samples have no checksum yet: --write-checksums puts them into the index")
     for fault in _first_of_each_kind(found.faults):
         where = " ".join(part for part in (fault.shard or fault.split, fault.key) if part)
-        print(f"{f'{where}: ' if where else ''}{fault.kind}: {fault.reason}")
-    if found.faults:
-        kinds = {kind: sum(fault.kind == kind for fault in found.faults) for kind in dict.fromkeys(f.kind for f in found.faults)}
-        rest = len(found.faults) - min(_SHOWN, len(found.faults))
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-        print(f"{len(found.faults):,} faults: {counts}" + (f"; {rest:,} are not shown" if rest else ""))
-    else:
+        print(f"{where}: {fault.kind}: {fault.reason}" if where else f"{fault.kind}: {fault.reason}")
+    if not found.faults:
         print("sound: no faults")
+        return
+    kinds: dict[str, int] = {}
+    for fault in found.faults:
+        kinds[fault.kind] = kinds.get(fault.kind, 0) + 1
+    rest = f"; {len(found.faults) - _SHOWN:,} are not shown" if len(found.faults) > _SHOWN else ""
+    print(f"{len(found.faults):,} faults: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) + rest)
 
 
 def _first_of_each_kind(faults: "list[Fault]") -> "list[Fault]":

@@ -186,7 +186,7 @@ class _Table:
             found.notes += notes
             return
         found.notes += [note for note in notes if "never opened" in note]
-        for name, shard, extensions, count, key, norm in _odd_members(names, shards):
+        for name, extensions, count, key, norm in _odd_members(names, shards):
             more = f" and {count - 1:,} more of this shard" if count > 1 else ""
             reason = f"it has the members {', '.join(extensions)}{more}, and most have {', '.join(norm)}"
             found.faults.append(Fault("members", key, reason, name, self.name))
@@ -196,7 +196,9 @@ class _Table:
 
     def digests(self) -> NDArray[np.uint64]:
         """Size and crc32 of every picture, 0 where it could not be read."""
-        return np.concatenate([self.shards[n].digests for n in range(len(self.entry.shards))] or [np.zeros(0, np.uint64)])
+        return np.concatenate(
+            [self.shards[n].digests for n in range(len(self.entry.shards))] or [np.zeros(0, np.uint64)]
+        )
 
     def where(self, row: int) -> tuple[str, int]:
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
@@ -227,14 +229,14 @@ def _strays(at: Path, manifest: Manifest, chosen: dict[str, Split]) -> list[Faul
 
 def _odd_members(
     names: Sequence[str], shards: Sequence[CheckedShard]
-) -> Iterator[tuple[str, CheckedShard, tuple[str, ...], int, str, tuple[str, ...]]]:
+) -> Iterator[tuple[str, tuple[str, ...], int, str, tuple[str, ...]]]:
     """Sets of members other than the most frequent one: shard, members, samples, the first key, and the usual ones."""
     total = count_up({extensions: count for extensions, (count, _) in shard.member_sets.items()} for shard in shards)
-    norm = next(iter(total), ())
+    norm: tuple[str, ...] = next(iter(total), ())
     for name, shard in zip(names, shards, strict=True):
         for extensions, (count, key) in shard.member_sets.items():
             if extensions != norm:
-                yield name, shard, extensions, count, key, norm
+                yield name, extensions, count, key, norm
 
 
 def _repeated_keys(names: Sequence[str], shards: Sequence[CheckedShard]) -> list[tuple[str, int]]:
@@ -252,9 +254,9 @@ def _notes(split: str, names: Sequence[str], shards: Sequence[CheckedShard]) -> 
     notes = []
     if over := count_up(shard.passed_over for shard in shards):
         notes.append(f"never opened{of}: " + ", ".join(f"{count:,} {what}" for what, count in over.items()))
-    odd = sum(count for _, _, _, count, _, _ in _odd_members(names, shards))
+    odd = sum(count for _, _, count, _, _ in _odd_members(names, shards))
     if odd:
-        name, _, extensions, _, key, norm = next(_odd_members(names, shards))
+        name, extensions, _, key, norm = next(_odd_members(names, shards))
         such = f"such as {key} in {name} with {', '.join(extensions)}"
         notes.append(f"{odd:,} samples{of} have other members than {', '.join(norm)}: {such}")
     if repeated := _repeated_keys(names, shards):

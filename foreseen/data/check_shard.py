@@ -88,7 +88,7 @@ def check_shard(job: CheckJob) -> CheckedShard:
         found.digests = np.zeros(job.samples, dtype=np.uint64)
     try:
         found.bytes = job.file.stat().st_size
-        tar = read_tar(job.file)
+        tar = read_tar(job.file, salvage=True)
     except FileNotFoundError:
         found.faults.append(Fault("missing", "", "the shard is missing"))
         return found
@@ -99,7 +99,8 @@ def check_shard(job: CheckJob) -> CheckedShard:
         reason = f"it has {found.bytes:,} bytes and not the {job.bytes:,} of the manifest"
         found.faults.append(Fault("size", "", reason))
     if tar.problem is not None:
-        found.faults.append(Fault("truncated" if "truncated" in tar.problem else "damaged", "", tar.problem))
+        reason = f"it {tar.problem.removeprefix(f'{job.file} ')}"
+        found.faults.append(Fault("truncated" if "truncated" in reason else "damaged", "", reason))
     samples = group_members(tar)
     found.samples = len(samples.keys)
     found.keys = _hash_keys(samples.keys)
@@ -116,29 +117,35 @@ def _check_members(job: CheckJob, samples: TarSamples, found: CheckedShard) -> N
     assert job.rows is not None
     pictures = samples.pictures(job.image)
     pictures = pictures[pictures >= 0]
-    begin, size = samples.offset[pictures], samples.size[pictures]
-    common = min(len(pictures), len(job.rows))
-    rows = job.rows[:common]
-    differs = (rows["offset_512"] != begin[:common] // TAR_BLOCK) | (rows["size"] != size[:common])
-    if wrong := int(differs.sum()):
-        key = samples.keys[samples.sample[pictures[int(np.argmax(differs))]]]
-        reason = f"the index names other places than the tar for {wrong:,} pictures, this the first"
-        found.faults.append(Fault("index", key, reason))
-    if len(pictures) != len(job.rows):
-        reason = f"the index has {len(job.rows):,} samples and the tar {len(pictures):,}"
+    rows = _rows_of(job.rows, samples.offset[pictures], samples.size[pictures])
+    if lost := len(job.rows) - int((rows >= 0).sum()):
+        reason = f"{lost:,} of the {len(job.rows):,} pictures that the index has are not where it says"
         found.faults.append(Fault("index", "", reason))
+    if more := int((rows < 0).sum()):
+        key = samples.keys[samples.sample[pictures[int(np.argmax(rows < 0))]]]
+        found.faults.append(Fault("index", key, f"{more:,} pictures are not in the index, this the first"))
+    if (np.diff(rows[rows >= 0]) <= 0).any():
+        found.faults.append(Fault("index", "", "its pictures stand in another order than in the index"))
     others = {name: samples.members(name) for name in samples.extensions}
     with open(job.file, "rb", buffering=0) as tar:
-        for row, picture in enumerate(pictures.tolist()):
-            in_index = row < common and not differs[row]
-            label = None if job.labels is None or row >= len(job.labels) else int(job.labels[row])
+        for row, picture in zip(rows.tolist(), pictures.tolist(), strict=True):
+            label = None if job.labels is None or row < 0 else int(job.labels[row])
             sample = _Sample(job, samples, tar.fileno(), int(samples.sample[picture]), others)
-            stated = int(job.rows[row]["crc32"]) if in_index else 0
-            crc32 = sample.check(picture, stated, label)
+            crc32 = sample.check(picture, 0 if row < 0 else int(job.rows[row]["crc32"]), label)
             found.faults += sample.faults
-            if in_index:
+            if row >= 0:
                 found.crc32[row] = crc32
                 found.digests[row] = int(samples.size[picture]) << 32 | crc32
+
+
+def _rows_of(rows: NDArray[Any], offset: NDArray[np.int64], size: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The row of the index that each picture has, -1 where it has none."""
+    if not len(rows):
+        return np.full(len(offset), -1, dtype=np.int64)
+    stated = rows["offset_512"].astype(np.int64) * TAR_BLOCK
+    order = np.argsort(stated, kind="stable")
+    found = order[np.searchsorted(stated[order], offset).clip(max=len(rows) - 1)]
+    return np.where((stated[found] == offset) & (rows["size"][found] == size), found, -1)
 
 
 class _Sample:
@@ -185,7 +192,9 @@ class _Sample:
                 return
             stated = (facts.get("width"), facts.get("height"))
             if pixels is not None and stated != pixels:
-                raise BadMember(f"its json says {stated[0]} x {stated[1]} pixels, the picture has {pixels[0]} x {pixels[1]}")
+                raise BadMember(
+                    f"its json says {stated[0]} x {stated[1]} pixels, the picture has {pixels[0]} x {pixels[1]}"
+                )
             if self.job.labels is not None or facts.get("label") is not None:
                 expected = None if label is None or label < 0 else label
                 if facts.get("label") != expected:

@@ -247,14 +247,12 @@ def _write(
         save_array(out / labels_file, labels.astype("<i4"))
     mean = std = None
     if options.statistics and (counted := len(rows) - sum(shard.undecodable for shard in shards)):
-        means, squares = sum(shard.statistics for shard in shards) / counted
+        means, squares = np.sum([shard.statistics for shard in shards], axis=0) / counted
         mean, std = means, np.sqrt(np.maximum(squares - means**2, 0))
     extensions = count_up(shard.extensions for shard in shards)
     return Split(
         samples=len(rows),
-        shards=tuple(
-            Shard(file.name, len(shard.rows), shard.bytes) for file, shard in zip(tars, shards, strict=True)
-        ),
+        shards=tuple(Shard(file.name, len(shard.rows), shard.bytes) for file, shard in zip(tars, shards, strict=True)),
         image=options.image or next(iter(extensions)),
         index=f"{split}.index.npy",
         index_digest=index_digest(rows),
@@ -274,7 +272,9 @@ def _refusal(file: Path, faults: list[Fault]) -> str:
     names = name_some([fault.key for fault in faults if fault.kind == kind and fault.key])
     counts = ", ".join(f"{count:,} of {name}" for name, count in kinds.items())
     return (
-        f"{file} cannot be indexed: {counts}" + (f" ({names}: {first.reason})" if names else f" ({first.reason})") + ": "
+        f"{file} cannot be indexed: {counts}"
+        + (f" ({names}: {first.reason})" if names else f" ({first.reason})")
+        + ": "
         f"make a clean copy with `foreseen data repair {file.parent} OUT`; `foreseen data check {file}` lists them all"
     )
 

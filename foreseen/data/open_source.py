@@ -9,6 +9,8 @@ from foreseen.data.hugging_face import PREFIX, HuggingFaceSource
 from foreseen.data.manifest import FILE_NAME, WORK_PREFIX
 from foreseen.data.source import Source
 from foreseen.data.table import TABLE_SUFFIXES, Columns, TableSource
+from foreseen.data.tar_paths import holds_tars
+from foreseen.data.tar_source import TarSource
 from foreseen.errors import BadInput
 
 
@@ -29,7 +31,7 @@ class SourceOptions:
 
 
 def open_source(src: str, options: SourceOptions) -> Source:
-    """The source at a path: `hf:…`, a CSV, or a folder of pictures.
+    """The source at a path: `hf:…`, a CSV, tars, or a folder of pictures.
 
     Raises:
         BadInput: there is nothing, or a file of another kind.
@@ -39,9 +41,11 @@ def open_source(src: str, options: SourceOptions) -> Source:
     if src.startswith(PREFIX):
         return HuggingFaceSource(src.removeprefix(PREFIX), options.columns, options.hf_config, options.labels)
     path = Path(src).expanduser()
+    if holds_tars(src):
+        return TarSource([src], options.columns, options.labels)
     if os.path.isfile(path):
         if path.suffix.lower() not in TABLE_SUFFIXES:
-            kinds = f"a folder of pictures, a {' or '.join(sorted(TABLE_SUFFIXES))} file, or hf:NAME"
+            kinds = f"a folder of pictures, tars, a {' or '.join(sorted(TABLE_SUFFIXES))} file, or hf:NAME"
             raise BadInput(f"{path} is a file of no kind that is read: give {kinds}")
         return TableSource(path, options.columns, options.labels)
     return FolderSource(path, options.labels)

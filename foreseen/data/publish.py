@@ -188,6 +188,7 @@ def _remove_strays(out: Path, split: str, entry: Split) -> None:
 
 
 def save_array(file: Path, array: NDArray[Any]) -> None:
+    """Write or replace a `.npy` whole or not at all."""
     part = file.with_name(f".{file.name}.part")
     with open(part, "wb") as out:
         np.save(out, array, allow_pickle=False)

@@ -195,6 +195,11 @@ def _fingerprint(entry: Split) -> str:
 
 
 def map_array(file: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
+    """Map a `.npy` of a known type and length into memory.
+
+    Raises:
+        BadInput: it is missing, broken, or holds something else.
+    """
     try:
         array = np.load(file, mmap_mode="r" if rows else None, allow_pickle=False)
     except FileNotFoundError:

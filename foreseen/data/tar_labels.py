@@ -1,4 +1,4 @@
-"""Labels that stand in a tar: in a member `KEY.cls`, or in a field of `KEY.json`; whole numbers, or names of classes."""
+"""Labels that stand in a tar: in a member `KEY.cls` or a field of `KEY.json`, as whole numbers or names of classes."""
 
 import json
 import os

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
-from foreseen.data.source import entries
+from foreseen.data.source import entries, is_picture, walk
 from foreseen.errors import BadInput
 
 TAR_SUFFIX = ".tar"
@@ -26,6 +26,16 @@ def is_tar_name(name: str) -> bool:
 def is_pattern(place: str) -> bool:
     """Whether a path that does not exist is a brace pattern, such as `train-{000..123}.tar`."""
     return "{" in place and "}" in place and not os.path.exists(place)
+
+
+def holds_tars(place: str) -> bool:
+    """Whether a path is a tar, a pattern of tars, or a folder with tars in it and no pictures anywhere below."""
+    path = Path(place).expanduser()
+    if is_pattern(str(path)) or path.is_file():
+        return is_tar_name(path.name)
+    if not path.is_dir() or not any(is_tar_name(name) for name, _ in entries(path)):
+        return False
+    return not any(is_picture(file.name) for file in walk(path))
 
 
 def find_tars(places: Sequence[str], *, compressed: bool = True) -> list[Path]:
@@ -85,7 +95,7 @@ def _split_word(name: str) -> str | None:
 def _expand(pattern: str) -> list[Path]:
     try:
         names = list(itertools.islice(braceexpand(pattern), _MOST_TARS + 1))
-    except (UnbalancedBracesError, ValueError) as error:
+    except ValueError as error:
         raise BadInput(f"{pattern} is no pattern of tars such as train-{{000..123}}.tar: {error}") from None
     if len(names) > _MOST_TARS:
         raise BadInput(f"{pattern} names more than {_MOST_TARS:,} tars: give the folder")
@@ -94,5 +104,7 @@ def _expand(pattern: str) -> list[Path]:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise BadInput(f"{path} does not exist: give a tar, a folder of tars, or a pattern such as train-{{000..123}}.tar")
+        raise BadInput(
+            f"{path} does not exist: give a tar, a folder of tars, or a pattern such as train-{{000..123}}.tar"
+        )
     return path

@@ -8,9 +8,10 @@ Members are columns of numbers here, not objects: a tar may hold a million.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from foreseen.data.tars import Member, Tar
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")
 READ_EXTENSIONS = frozenset({*IMAGE_EXTENSIONS, "json", "cls"})
 _SHOWN = 3
+
+Kind = TypeVar("Kind", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -240,9 +243,9 @@ def is_meta(name: str) -> bool:
     return len(first) > 3 and first.startswith("__") and first.endswith("__")
 
 
-def count_up(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+def count_up(counts: Iterable[Mapping[Kind, int]]) -> dict[Kind, int]:
     """The sum of several counts, the most frequent first."""
-    total: Counter[str] = Counter()
+    total: Counter[Kind] = Counter()
     for count in counts:
         total.update(count)
     return dict(total.most_common())

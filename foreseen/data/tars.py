@@ -23,6 +23,7 @@ _BLOCK = 512
 _HEADER = struct.Struct("100s 24x 12s 20x B 100x 6s 82x 155s 12x")  # name, size, kind, magic, prefix (POSIX ustar)
 _WINDOW = 8 * _BLOCK  # a page: the json and the next header come with the header before them
 _CHECKED_TOGETHER = 1024  # summing the bytes of one header in Python takes longer than all the rest
+_SEARCHED_TOGETHER = 1 << 20
 _END = bytes(_BLOCK)
 _POSIX = b"ustar\0"  # GNU's own magic has a blank there, and times where POSIX has the prefix
 _REGULAR = frozenset(b"0\x007")
@@ -69,8 +70,12 @@ def scan_tar(file: Path) -> list[Member]:
     return tar.members
 
 
-def read_tar(file: Path) -> Tar:
+def read_tar(file: Path, *, salvage: bool = False) -> Tar:
     """The same for a tar that may end too early or be damaged: what stands before that.
+
+    Args:
+        file: the tar.
+        salvage: go on behind a damaged header, at the next block that is a sound one.
 
     Raises:
         BadInput: it is missing, a folder, or compressed.
@@ -80,7 +85,7 @@ def read_tar(file: Path) -> Tar:
             if (compression := compression_of(tar.read(_BLOCK))) is not None:
                 reason = f"{file} is compressed ({compression}), and its members cannot be reached singly"
                 raise BadInput(f"{reason}: unpack it, or pack it with `foreseen data pack {file} OUT`")
-            return _Walk(file, tar.fileno()).run()
+            return _Walk(file, tar.fileno()).run(salvage=salvage)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise BadInput(f"{file} cannot be read ({error.strerror}): give a tar") from None
 
@@ -90,7 +95,7 @@ def compression_of(start: bytes) -> str | None:
     return next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
 
 
-class _Bad(Exception):  # noqa: N818
+class _Bad(Exception):
     """What is wrong with the header that is being read."""
 
 
@@ -104,8 +109,17 @@ class _Walk:
         self.name: str | None = None  # from a long name or PAX record, for the member that follows
         self.size: int | None = None
 
-    def run(self) -> Tar:
-        problem, at = None, 0
+    def run(self, *, salvage: bool) -> Tar:
+        problem, damaged_at = self._run_from(0)
+        while salvage and damaged_at and (found := self._next_header(damaged_at + _BLOCK)) is not None:
+            _, damaged_at = self._run_from(found)
+        return Tar(self.members, dict(self.skipped), problem)
+
+    def _run_from(self, at: int) -> tuple[str | None, int | None]:
+        """Go from header to header; what stopped it before the end, and where the damage is that did, if any."""
+        start = at
+        problem: str | None = None
+        self.name = self.size = None
         headers: list[bytes] = []  # whose checksums are still to be compared,
         places: list[tuple[int, int]] = []  # where they stand, and how many members stand before
         window, window_at = b"", 0
@@ -114,7 +128,7 @@ class _Walk:
             if len(header) < _BLOCK:
                 window, window_at = os.pread(self.descriptor, _WINDOW, at), at
                 header = window[:_BLOCK]
-            if header == _END or (not header and at):
+            if header == _END or (not header and at > start):
                 break
             if len(header) < _BLOCK:
                 problem = f"{self.file} is truncated or no tar: its header at byte {at:,} is cut off"
@@ -136,9 +150,22 @@ class _Walk:
         if (wrong := _first_wrong(headers)) is not None:  # what it led to means nothing
             at, before = places[wrong]
             del self.members[before:]
-            what = "is no tar" if at == 0 else "is damaged, or no tar"
+            what = "is no tar" if at == 0 else "is damaged"
             problem = f"{self.file} {what}: the checksum of its header at byte {at:,} is wrong"
-        return Tar(self.members, dict(self.skipped), problem)
+            return problem, at
+        return problem, None
+
+    def _next_header(self, at: int) -> int | None:
+        """The first block from here on that looks like a header and has the right checksum."""
+        together = _WINDOW  # what is near is found by reading little, however often
+        while blocks := os.pread(self.descriptor, together, at):
+            together = min(2 * together, _SEARCHED_TOGETHER)
+            for place in range(0, len(blocks) - _BLOCK + 1, _BLOCK):
+                block = blocks[place : place + _BLOCK]
+                if block[257:262] == b"ustar" and _first_wrong([block]) is None:
+                    return at + place
+            at += len(blocks) // _BLOCK * _BLOCK or len(blocks)
+        return None
 
     def _step(self, header: bytes, at: int) -> int:
         """Take one header; where the next one stands."""
@@ -170,8 +197,10 @@ class _Walk:
         elif kind in _PAX:
             self._take_pax(self._payload(begin, size, _LONGEST_PAX, "a PAX header"))
         elif kind == _PAX_FOR_ALL:
-            if not _pax_records(self._payload(begin, size, _LONGEST_PAX, "a PAX header")).keys().isdisjoint(
-                (b"path", b"size")
+            if (
+                not _pax_records(self._payload(begin, size, _LONGEST_PAX, "a PAX header"))
+                .keys()
+                .isdisjoint((b"path", b"size"))
             ):
                 raise _Bad("has a PAX header that gives all members one name or size: it is not one that a tool wrote")
         else:

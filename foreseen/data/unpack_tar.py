@@ -1,4 +1,4 @@
-"""A compressed tar to a plain one, in which members can be reached singly; a bomb is refused before the disk is full."""
+"""A compressed tar to a plain one, in which members can be reached singly; a bomb does not fill the disk."""
 
 import bz2
 import errno
@@ -43,7 +43,7 @@ def unpack_tar(file: Path, tar: Path) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise BadInput(
-                f"{file} unpacks to more than the {free:,} bytes that are free in {tar.parent}: make room, or set TMPDIR"
+                f"{file} unpacks to more than the {free:,} bytes free in {tar.parent}: make room, or set TMPDIR"
             ) from None
         if error.errno is not None:
             raise
