@@ -218,4 +218,6 @@ def _remedy(found: "Findings", place: str) -> str:
         return "pack one of the splits again without the pictures that the other has"
     if kinds <= {"stray"}:
         return "move the strays away, or give the command of the unfinished packing again"
+    if kinds <= {"missing"}:
+        return "bring the shards back, or say by --shards-at FOLDER where they are"
     return f"foreseen data repair {place} OUT makes a clean copy of what is sound"

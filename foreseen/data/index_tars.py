@@ -152,7 +152,8 @@ def _index_all(
     jobs = ((file, options) for file in files)
     for number, shard in map_in_processes(_index_tar, jobs, min(workers, len(files))):
         if shard.faults:
-            raise BadInput(_refusal(files[number], shard.faults))
+            place = files[0] if len(files) == 1 else files[0].parent
+            raise BadInput(_refusal(files[number], place, shard.faults, options.image))
         shards[number] = shard
         if progress:
             progress(len(shards), len(files))
@@ -265,18 +266,16 @@ def _write(
     )
 
 
-def _refusal(file: Path, faults: list[Fault]) -> str:
+def _refusal(file: Path, place: Path, faults: list[Fault], image: str | None) -> str:
     kinds = count_up({fault.kind: 1} for fault in faults)
     kind = next(iter(kinds))
     first = next(fault for fault in faults if fault.kind == kind)
     names = name_some([fault.key for fault in faults if fault.kind == kind and fault.key])
-    counts = ", ".join(f"{count:,} of {name}" for name, count in kinds.items())
-    return (
-        f"{file} cannot be indexed: {counts}"
-        + (f" ({names}: {first.reason})" if names else f" ({first.reason})")
-        + ": "
-        f"make a clean copy with `foreseen data repair {file.parent} OUT`; `foreseen data check {file}` lists them all"
-    )
+    counts = ", ".join(f"{count:,} {name}" for name, count in kinds.items())
+    remedy = f"`foreseen data repair {place} OUT` makes a clean copy, `foreseen data check {file}` lists them all"
+    if image is not None and kind == "no picture":
+        remedy = "give another --image, or none"
+    return f"{file} cannot be indexed: {counts} ({names + ': ' if names else ''}{first.reason}): {remedy}"
 
 
 def _notes(shards: Sequence[IndexedShard]) -> tuple[str, ...]:

@@ -143,13 +143,13 @@ class TarSamples:
         """What makes stock readers and an index go wrong, a fault a sample."""
         found = []
         for number in np.flatnonzero(self.is_broken_up | self.is_repeated).tolist():
-            key, twice = self.keys[number], self._twice(number)
+            key = self.keys[number]
             if not self.is_repeated[number]:
                 found.append(Fault("scattered", key, "its members do not stand together"))
             elif self.is_broken_up[number]:
-                found.append(Fault("duplicate key", key, f"another sample has the same key (both have {twice})"))
+                found.append(Fault("duplicate key", key, f"another sample has the same key (both have {self._twice(number)})"))
             else:
-                found.append(Fault("duplicate member", key, f"it has two members {twice}"))
+                found.append(Fault("duplicate member", key, f"it has two members {self._twice(number)}"))
         pictures = self.pictures(image)
         wanted = "picture" if image is None else f"member {image}"
         for number in np.flatnonzero(pictures < 0).tolist():

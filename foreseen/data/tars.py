@@ -106,8 +106,9 @@ class _Walk:
         self.file, self.descriptor, self.end = file, descriptor, os.fstat(descriptor).st_size
         self.members: list[Member] = []
         self.skipped: Counter[str] = Counter()
-        self.name: str | None = None  # from a long name or PAX record, for the member that follows
-        self.size: int | None = None
+        self.name: str | None  # from a long name or PAX record, for the member that follows
+        self.size: int | None
+        self._forget()
 
     def run(self, *, salvage: bool) -> Tar:
         problem, damaged_at = self._run_from(0)
@@ -119,9 +120,10 @@ class _Walk:
         """Go from header to header; what stopped it before the end, and where the damage is that did, if any."""
         start = at
         problem: str | None = None
-        self.name = self.size = None
+        self._forget()
         headers: list[bytes] = []  # whose checksums are still to be compared,
         places: list[tuple[int, int]] = []  # where they stand, and how many members stand before
+        together = 1 if start else _CHECKED_TOGETHER  # behind one damage another may come soon
         window, window_at = b"", 0
         while True:
             header = window[at - window_at : at - window_at + _BLOCK]
@@ -140,9 +142,10 @@ class _Walk:
             except _Bad as error:
                 problem = f"{self.file} {error}"
                 break
-            if len(headers) == _CHECKED_TOGETHER:
+            if len(headers) >= together:
                 if _first_wrong(headers) is not None:
                     break
+                together = min(2 * together, _CHECKED_TOGETHER)
                 headers.clear()
                 places.clear()
         if self.name is not None or self.size is not None:
@@ -173,7 +176,7 @@ class _Walk:
         begin = at + _BLOCK
         if kind in _WITHOUT_DATA or (kind == 0 and _text(name_field).endswith("/")):  # how very old tars mark a folder
             self.skipped[_WITHOUT_DATA.get(kind, "folder")] += 1
-            self.name = self.size = None
+            self._forget()
             return begin
         size = _number(size_field)
         if kind in _REGULAR:
@@ -183,7 +186,7 @@ class _Walk:
                 name = _text(name_field)
                 if prefix_field[0] and magic == _POSIX:
                     name = f"{_text(prefix_field)}/{name}"
-            self.name = self.size = None
+            self._forget()
             next_at = self._behind(begin, size, name)
             self.members.append(Member(name, begin, size))  # type: ignore[arg-type]  # _behind has refused None
             return next_at
@@ -205,8 +208,11 @@ class _Walk:
                 raise _Bad("has a PAX header that gives all members one name or size: it is not one that a tool wrote")
         else:
             self.skipped["unknown"] += 1
-            self.name = self.size = None
+            self._forget()
         return next_at
+
+    def _forget(self) -> None:
+        self.name = self.size = None
 
     def _behind(self, begin: int, size: int | None, name: str) -> int:
         if size is None:
