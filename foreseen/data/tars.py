@@ -9,6 +9,7 @@ to what `tarfile` finds in sound tars.
 """
 
 import os
+import re
 import struct
 from collections import Counter
 from functools import lru_cache
@@ -31,7 +32,8 @@ _WITHOUT_DATA = {ord("1"): "link", ord("2"): "link", ord("3"): "device", ord("4"
 _WITHOUT_DATA[ord("6")] = "pipe"
 _LONG_NAMES, _PAX, _PAX_FOR_ALL, _SPARSE = frozenset(b"LK"), frozenset(b"xX"), ord("g"), ord("S")
 _LONGEST_NAME, _LONGEST_PAX = 64 << 10, 1 << 20  # xattrs and ACLs are PAX records, too
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")  # its first letters may begin a member's name: BZhang.jpg
 
 
 class Member(NamedTuple):
@@ -92,6 +94,8 @@ def read_tar(file: Path, *, salvage: bool = False) -> Tar:
 
 def compression_of(start: bytes) -> str | None:
     """How a file that begins with these bytes is compressed: gzip, bzip2, xz, zstd, or None."""
+    if _BZIP2.match(start):
+        return "bzip2"
     return next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
 
 

@@ -51,7 +51,7 @@ def unpack_tar(file: Path, tar: Path) -> None:
 
 
 def _chunks(source: BinaryIO, file: Path) -> Iterator[bytes]:
-    kind = compression_of(source.read(8))
+    kind = compression_of(source.read(16))
     source.seek(0)
     if kind == "xz":
         yield from _xz_chunks(source)

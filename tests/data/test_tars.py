@@ -118,6 +118,10 @@ def test_compressed_tars_are_named_by_their_compression(kind: str, tmp_path: Pat
         scan_tar(tmp_path / "a.tar")
 
 
+def test_a_name_that_begins_as_a_bzip2_does_is_a_name(tmp_path: Path) -> None:
+    assert scan_tar(make_tar(tmp_path / "a.tar", {"BZhang.jpg": b"x"}))[0].name == "BZhang.jpg"
+
+
 def test_names_that_point_elsewhere_are_only_names(tmp_path: Path) -> None:
     names = ["/etc/passwd", "../../up.jpg", "a/../b.jpg"]
     file = make_tar(tmp_path / "a.tar", dict.fromkeys(names, b"x"))
@@ -236,7 +240,10 @@ def test_any_bytes_are_read_as_tarfile_reads_them_or_are_a_sentence(
         content[at : at + len(data)] = data
     file = tmp_path / "a.tar"
     file.write_bytes(content[:length])
-    tar = read_tar(file)
+    try:
+        tar = read_tar(file)
+    except BadInput:
+        return
     for member in tar.members:
         assert 0 <= member.offset <= member.offset + member.size <= length
     if tar.problem is None:
