@@ -131,7 +131,7 @@ def _check_members(job: CheckJob, samples: TarSamples, found: CheckedShard) -> N
         for row, picture in zip(rows.tolist(), pictures.tolist(), strict=True):
             label = None if job.labels is None or row < 0 else int(job.labels[row])
             sample = _Sample(job, samples, tar.fileno(), int(samples.sample[picture]), others)
-            crc32 = sample.check(picture, 0 if row < 0 else int(job.rows[row]["crc32"]), label)
+            crc32 = sample.check(picture, 0 if row < 0 else int(job.rows[row]["crc32"]), label, has_row=row >= 0)
             found.faults += sample.faults
             if row >= 0:
                 found.crc32[row] = crc32
@@ -159,7 +159,7 @@ class _Sample:
         self.members = {name: int(found[number]) for name, found in members.items() if found[number] >= 0}
         self.faults: list[Fault] = []
 
-    def check(self, picture: int, stated: int, label: int | None) -> int:
+    def check(self, picture: int, stated: int, label: int | None, *, has_row: bool) -> int:
         """Look at all members that are read; the crc32 of the picture, 0 where it cannot be read."""
         size = int(self.samples.size[picture])
         if size > MAX_BYTES:
@@ -174,7 +174,7 @@ class _Sample:
             with self._faults("picture"):
                 height, width = decode(data, fast=False).shape[:2]
                 pixels = (width, height)
-        self._check_json(pixels, label)
+        self._check_json(pixels, label, has_row=has_row)
         self._check_label(label)
         if self.job.is_ours:
             for extension, member in self.members.items():
@@ -182,7 +182,7 @@ class _Sample:
                     self._check_mask(extension, member, pixels)
         return crc32
 
-    def _check_json(self, pixels: tuple[int, int] | None, label: int | None) -> None:
+    def _check_json(self, pixels: tuple[int, int] | None, label: int | None, *, has_row: bool) -> None:
         if "json" not in self.members:
             return
         member = self.members["json"]
@@ -195,7 +195,7 @@ class _Sample:
                 raise BadMember(
                     f"its json says {stated[0]} x {stated[1]} pixels, the picture has {pixels[0]} x {pixels[1]}"
                 )
-            if self.job.labels is not None or facts.get("label") is not None:
+            if has_row and (self.job.labels is not None or facts.get("label") is not None):
                 expected = None if label is None or label < 0 else label
                 if facts.get("label") != expected:
                     raise BadMember(f"its json has the label {facts.get('label')!r}, the labels file {expected}")

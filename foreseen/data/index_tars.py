@@ -128,10 +128,11 @@ def index_tars(
             raise BadInput(f"{out} already has a split {there[0]!r}: give another --split, or --overwrite")
         files = [file for tars in splits.values() for file in tars]
         found = _index_all(files, options, workers, progress)
-        rule, numbers, classes = _number(found, options, classes or manifest.classes, files[0].parent)
-        if classes is not None and manifest.classes not in (None, classes):
-            raise BadInput(f"{out} has a split with other classes: give another --out, or the same classes")
         others = {name: entry for name, entry in manifest.splits.items() if name not in splits}
+        known = manifest.classes if others else None
+        rule, numbers, classes = _number(found, options, classes or known, files[0].parent)
+        if classes is not None and known not in (None, classes):
+            raise BadInput(f"{out} has a split with other classes: give another --out, or the same classes")
         if there:  # from here to the end they do not exist, so no manifest ever names a mixture
             write_manifest(out, replace(manifest, splits=others))
         result = []
@@ -141,7 +142,7 @@ def index_tars(
             entry = replace(entry, source=source, licence=licence)
             result.append(Indexed(split, entry, str(rule), _notes(mine)))
         entries = {indexed.split: indexed.entry for indexed in result}
-        write_manifest(out, Manifest(others | entries, classes or (manifest.classes if others else None)))
+        write_manifest(out, Manifest(others | entries, classes or known))
     return result
 
 

@@ -1,6 +1,6 @@
 """Which tars a user means by files, folders and brace patterns, and which splits their names say."""
 
-import itertools
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -93,13 +93,13 @@ def _split_word(name: str) -> str | None:
 
 
 def _expand(pattern: str) -> list[Path]:
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)  # counted before the library makes a list of them
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > _MOST_TARS:
+        raise BadInput(f"{pattern} names more than {_MOST_TARS:,} tars: give the folder")
     try:
-        names = list(itertools.islice(braceexpand(pattern), _MOST_TARS + 1))
+        return [Path(name) for name in braceexpand(pattern)]
     except ValueError as error:
         raise BadInput(f"{pattern} is no pattern of tars such as train-{{000..123}}.tar: {error}") from None
-    if len(names) > _MOST_TARS:
-        raise BadInput(f"{pattern} names more than {_MOST_TARS:,} tars: give the folder")
-    return [Path(name) for name in names]
 
 
 def _existing(path: Path) -> Path:
