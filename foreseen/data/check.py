@@ -82,17 +82,14 @@ def check_set(
     at = shards_at or folder
     found.faults += _strays(at, manifest, chosen)
     tables = {name: _Table(folder, name, entry, found) for name, entry in chosen.items()}
-    jobs = [
-        (name, number, job)
-        for name, table in tables.items()
-        for number, job in enumerate(table.jobs(at, manifest.classes, decode=decode))
-    ]
+    places = [(name, number) for name, entry in chosen.items() for number in range(len(entry.shards))]
+    jobs = (job for table in tables.values() for job in table.jobs(at, manifest.classes, decode=decode))
     done, total = 0, sum(entry.samples for entry in chosen.values())
-    workers = min(count_cpus() if workers is None else workers, max(1, len(jobs)))
-    for place, shard in map_in_processes(check_shard, (job for *_, job in jobs), workers):
-        name, number, job = jobs[place]
+    workers = _workers(workers, len(places))
+    for place, shard in map_in_processes(check_shard, jobs, workers):
+        name, number = places[place]
         tables[name].take(number, shard)
-        done += job.samples
+        done += chosen[name].shards[number].samples
         if progress:
             progress(done, total)
     for table in tables.values():
@@ -112,7 +109,7 @@ def check_tars(
     found = Findings(str(files[0] if len(files) == 1 else files[0].parent), decoded=False, is_indexed=False)
     jobs = (CheckJob(file, 0, 0, None, None, LabelRule(None), None, image, False, False) for file in files)
     shards: dict[int, CheckedShard] = {}
-    workers = min(count_cpus() if workers is None else workers, len(files))
+    workers = _workers(workers, len(files))
     for number, shard in map_in_processes(check_shard, jobs, workers):
         shards[number] = shard
         if progress:
@@ -123,6 +120,12 @@ def check_tars(
     found.splits[""] = (len(files), sum(s.samples for s in ordered), sum(s.bytes for s in ordered))
     found.notes += _notes("", [file.name for file in files], ordered)
     return found
+
+
+def _workers(asked: int | None, jobs: int) -> int:
+    if asked is not None and not 1 <= asked <= 1024:
+        raise BadInput(f"--workers is {asked}, it must lie in [1, 1024]")
+    return min(count_cpus() if asked is None else asked, max(1, jobs))
 
 
 class _Table:

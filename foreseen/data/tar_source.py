@@ -7,7 +7,6 @@ packed with the picture. A sample that cannot be made out is listed, too, and pa
 
 import io
 import re
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ from foreseen.data.tar_labels import (
 from foreseen.data.tar_paths import COMPRESSED_SUFFIXES, by_split, find_tars
 from foreseen.data.tar_samples import TarSamples, count_up, group_members, regroup
 from foreseen.data.tars import read_tar
-from foreseen.data.unpack_tar import unpack_tar
+from foreseen.data.unpack_tar import UnpackFolder, unpack_tar
 from foreseen.errors import BadInput
 
 _MOST_FIELDS = 256
@@ -74,6 +73,7 @@ class TarListing:
         crc32: of each sample's picture, [N], 0 where it is not known.
         labels: class number of each sample, [N], -1 where it has none.
         regrouped: keys whose members were scattered or there twice.
+        keeps: the folder that a plain copy lies in, which must outlive this.
     """
 
     file: Path
@@ -84,6 +84,7 @@ class TarListing:
     crc32: NDArray[np.uint32]
     labels: NDArray[np.int32]
     regrouped: int
+    keeps: UnpackFolder | None = None
 
     @classmethod
     def read(cls, file: Path, name: str, *, salvage: bool) -> "TarListing":
@@ -235,7 +236,7 @@ class TarSource:
     columns: Columns = field(default_factory=Columns)
     labels: str = "auto"
     salvage: bool = False
-    _unpacked: "tempfile.TemporaryDirectory[str] | None" = None
+    _unpacked: UnpackFolder | None = None
 
     @property
     def name(self) -> str:
@@ -280,10 +281,12 @@ class TarSource:
     def _list(self, file: Path) -> TarListing:
         plain = file
         if file.name.lower().endswith(COMPRESSED_SUFFIXES):
-            self._unpacked = self._unpacked or tempfile.TemporaryDirectory(prefix="foreseen-")
-            plain = Path(self._unpacked.name) / f"{file.name}.tar"
+            self._unpacked = self._unpacked or UnpackFolder()
+            plain = self._unpacked.path / f"{file.name}.tar"
             unpack_tar(file, plain)
-        return TarListing.read(plain, file.name, salvage=self.salvage)
+        listing = TarListing.read(plain, file.name, salvage=self.salvage)
+        listing.keeps = self._unpacked
+        return listing
 
     def _rule(self, tars: Sequence[TarListing], fields: Sequence[str]) -> LabelRule:
         if self.labels == "none":

@@ -134,7 +134,10 @@ class _Walk:
             if len(header) < _BLOCK:
                 window, window_at = os.pread(self.descriptor, _WINDOW, at), at
                 header = window[:_BLOCK]
-            if header == _END or (not header and at > start):
+            if header == _END or (not header and start < at <= self.end):
+                break
+            if at > self.end:
+                problem = f"{self.file} is truncated: it ends at byte {self.end:,}, its last member at {at:,}"
                 break
             if len(header) < _BLOCK:
                 problem = f"{self.file} is truncated or no tar: its header at byte {at:,} is cut off"

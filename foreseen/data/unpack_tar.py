@@ -5,6 +5,8 @@ import errno
 import gzip
 import lzma
 import shutil
+import tempfile
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,14 @@ _CHUNK = 1 << 20
 _XZ_MEMORY = 256 << 20  # an xz file says how much its reader must take, up to 4 GiB
 _ALWAYS_ALLOWED = 1 << 30
 _MOST_TIMES = 200  # pictures hardly shrink; a bomb does so a thousand times
+
+
+class UnpackFolder:
+    """A temporary folder that lasts as long as anything holds this, and is gone at the end of the process."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="foreseen-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def unpack_tar(file: Path, tar: Path) -> None:
