@@ -2,8 +2,8 @@
 
     python benchmarks/index.py [--reads 1000000] [--rounds 7]
 
-Indexing, checking and the order are CPU seconds of this process; opening and `foreseen --help` are wall seconds of fresh
-processes, with the files in the page cache. The set of 100 million samples is simulated: its index and labels are
+Indexing, checking and the order are CPU seconds of this process; opening and `foreseen --help` are wall seconds of
+fresh processes, with the files in the page cache. The set of 100 million samples is simulated: its index and labels are
 sparse files (1.6 GB that take no disk), its manifest with 100,000 shards is real. Memory is this process's VmRSS.
 """
 

@@ -147,7 +147,9 @@ class TarSamples:
             if not self.is_repeated[number]:
                 found.append(Fault("scattered", key, "its members do not stand together"))
             elif self.is_broken_up[number]:
-                found.append(Fault("duplicate key", key, f"another sample has the same key (both have {self._twice(number)})"))
+                found.append(
+                    Fault("duplicate key", key, f"another sample has the same key (both have {self._twice(number)})")
+                )
             else:
                 found.append(Fault("duplicate member", key, f"it has two members {self._twice(number)}"))
         pictures = self.pictures(image)

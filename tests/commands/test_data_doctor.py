@@ -109,9 +109,7 @@ def test_pack_takes_tars_with_their_labels(tars: Path, tmp_path: Path) -> None:
         (["repair", "nowhere", "out"], "nowhere does not exist"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(
-    arguments: list[str], sentence: str, tmp_path: Path
-) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], sentence: str, tmp_path: Path) -> None:
     if "a.tar" in arguments:
         sound(tmp_path / "a.tar", range(2))
     command = [sys.executable, "-m", "foreseen", "data", *arguments]

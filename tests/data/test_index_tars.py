@@ -105,7 +105,9 @@ def test_unlabelled_samples_are_minus_one(tmp_path: Path) -> None:
 def test_scattered_and_duplicate_keys_are_refused_with_names_and_the_remedy(tmp_path: Path) -> None:
     members = [member for number in range(6) for member in members_of(number, 0)]
     make_tar(tmp_path / "a.tar", members[::2] + members[1::2])
-    with pytest.raises(BadInput, match=r"6 scattered \(s/000, s/001, s/002 and 3 more: .*`foreseen data repair \S+ OUT`"):
+    with pytest.raises(
+        BadInput, match=r"6 scattered \(s/000, s/001, s/002 and 3 more: .*`foreseen data repair \S+ OUT`"
+    ):
         index(tmp_path)
     make_tar(tmp_path / "a.tar", members + members[:2])
     with pytest.raises(BadInput, match=r"1 duplicate key \(s/000: another sample has the same key"):

@@ -65,7 +65,9 @@ def test_tarfile_finds_the_pictures_and_labels_that_the_index_names(name: str, s
     data = ShardSet.open(sets / name, "train")
     members = members_by_tarfile(sets / name)
     assert [zlib.crc32(data.read(number)) for number in range(len(data))] == [found["jpg"] for _, found in members]  # type: ignore[index]
-    assert [data.describe(number).rpartition("key ")[2] for number in range(len(data))] == [f"{key})" for key, _ in members]
+    assert [data.describe(number).rpartition("key ")[2] for number in range(len(data))] == [
+        f"{key})" for key, _ in members
+    ]
     facts = [fact for file in sorted((sets / name).glob("train-*.tar")) for fact in jsons(file)]
     assert data.labels is not None
     assert data.classes is not None
@@ -124,7 +126,9 @@ print(json.dumps(found))
 def test_the_real_pets_are_sound_and_repaired_to_the_same_bytes(pets_archives: Path, tmp_path: Path) -> None:
     pack_pets(tmp_path / "set", pets_archives, workers=2)
     assert not check_set(tmp_path / "set", workers=2).faults
-    repair(str(tmp_path / "set"), tmp_path / "out", workers=2, say=print, progress=lambda _: nullcontext(lambda *_: None))
+    repair(
+        str(tmp_path / "set"), tmp_path / "out", workers=2, say=print, progress=lambda _: nullcontext(lambda *_: None)
+    )
     for split in ("train", "test"):
         one, other = ShardSet.open(tmp_path / "set", split), ShardSet.open(tmp_path / "out", split)
         assert sorted(one.picture_digests().tolist()) == sorted(other.picture_digests().tolist())

@@ -24,8 +24,8 @@ def as_dict(samples: TarSamples) -> list[tuple[str, list[str]]]:
 
 
 ODD_NAMES = [
-    "a.jpg", "a.SEG.png", "b.c/d.jpg", "b.c/d.e.json", "./f.jpg", "g h é.jpeg", "noextension", "__meta__", "__x__/y.jpg",
-    "/abs/i.jpg", "../up/j.jpg",
+    "a.jpg", "a.SEG.png", "b.c/d.jpg", "b.c/d.e.json", "./f.jpg", "g h é.jpeg", "noextension", "__meta__",
+    "__x__/y.jpg", "/abs/i.jpg", "../up/j.jpg",
 ]  # fmt: skip
 
 
@@ -88,10 +88,13 @@ def test_samples_with_other_members_have_another_number(tmp_path: Path) -> None:
 
 def test_what_can_be_sorted_out_in_one_way_is(tmp_path: Path) -> None:
     samples, troubles = regroup(
-        group(tmp_path, "a.jpg", "b.jpg", "a.cls", "b.cls", "c.jpg", "c.cls", "c.jpg", "c.cls", "d.jpg", "d.jpg", "d.cls")
+        group(
+            tmp_path, "a.jpg", "b.jpg", "a.cls", "b.cls", "c.jpg", "c.cls", "c.jpg", "c.cls", "d.jpg", "d.jpg", "d.cls"
+        )
     )
     assert as_dict(samples) == [
-        ("a", ["jpg", "cls"]), ("b", ["jpg", "cls"]), ("c", ["jpg", "cls"]), ("d", ["jpg", "jpg", "cls"]), ("c", ["jpg", "cls"]),
+        ("a", ["jpg", "cls"]), ("b", ["jpg", "cls"]), ("c", ["jpg", "cls"]), ("d", ["jpg", "jpg", "cls"]),
+        ("c", ["jpg", "cls"]),
     ]  # fmt: skip
     assert list(troubles) == [3]
     assert troubles[3] == "its members cannot be told apart: the tar has jpg; cls, jpg under this key"

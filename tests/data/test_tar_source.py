@@ -108,7 +108,7 @@ def test_one_tar_with_a_split_in_its_name_and_patterns_are_read(tmp_path: Path) 
 
 def test_scattered_members_come_together_and_what_cannot_be_told_apart_is_left_out(tmp_path: Path) -> None:
     scattered = [member for number in range(4) for member in members_of(number, number % 2)]
-    twice = members_of(9, 1) + [("s/009.jpg", jpeg(99, 30))]
+    twice = [*members_of(9, 1), ("s/009.jpg", jpeg(99, 30))]
     file = make_tar(tmp_path / "a.tar", scattered[::2] + scattered[1::2] + twice)
     found = read(file)
     assert found.notes == ("5 keys were scattered or stood twice: their members are sorted out",)

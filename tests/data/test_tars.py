@@ -242,5 +242,3 @@ def test_any_bytes_are_read_as_tarfile_reads_them_or_are_a_sentence(
     if tar.problem is None:
         assert [tuple(member) for member in tar.members] == as_tarfile_finds(file)
     read_tar(file, salvage=True)
-
-
