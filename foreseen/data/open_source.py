@@ -45,7 +45,7 @@ def open_source(src: str, options: SourceOptions) -> Source:
         return TarSource([src], options.columns, options.labels)
     if os.path.isfile(path):
         if path.suffix.lower() not in TABLE_SUFFIXES:
-            kinds = f"a folder of pictures, tars, a {' or '.join(sorted(TABLE_SUFFIXES))} file, or hf:NAME"
+            kinds = f"a folder of pictures, a {' or '.join(sorted(TABLE_SUFFIXES))} file, tars, or hf:NAME"
             raise BadInput(f"{path} is a file of no kind that is read: give {kinds}")
         return TableSource(path, options.columns, options.labels)
     return FolderSource(path, options.labels)
