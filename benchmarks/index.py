@@ -1,9 +1,9 @@
-"""What the index, the order, the reader and the door cost: each figure with its bar.
+"""What the index, `data index` and `data check`, the order, the reader and the door cost: each figure with its bar.
 
     python benchmarks/index.py [--reads 1000000] [--rounds 7]
 
-Indexing and the order are CPU seconds of this process; opening and `foreseen --help` are wall seconds of fresh
-processes, with the files in the page cache. The set of 100 million samples is simulated: its index and labels are
+Indexing, checking and the order are CPU seconds of this process; opening and `foreseen --help` are wall seconds of
+fresh processes, with the files in the page cache. The set of 100 million samples is simulated: its index and labels are
 sparse files (1.6 GB that take no disk), its manifest with 100,000 shards is real. Memory is this process's VmRSS.
 """
 
@@ -24,15 +24,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from foreseen.data.check import check_set
+from foreseen.data.decode import decode
+from foreseen.data.index_tars import IndexOptions, index_tars
 from foreseen.data.manifest import Manifest, Shard, Split, write_manifest
 from foreseen.data.order import Order
 from foreseen.data.pack import pack
 from foreseen.data.shards import INDEX_ROW, ShardSet
 from foreseen.data.source import FolderListing
+from foreseen.data.tar_labels import LabelRule
 from foreseen.data.tars import scan_tar
 
 MANY, MANY_SHARDS = 100_000_000, 100_000
 TAR_SAMPLES = 20_000
+LARGER_PICTURES = 2_000
 PICTURES, SHARD_SAMPLES = 5_000, 25  # 200 shards: more than the reader keeps open
 
 OPEN = """
@@ -69,6 +74,43 @@ def index_a_tar(folder: Path, rounds: int) -> None:
     assert len(scan_tar(file)) == 2 * TAR_SAMPLES
     seconds = statistics.median(cpu_seconds(partial(scan_tar, file)) for _ in range(rounds))
     report(f"index a tar of {TAR_SAMPLES:,} samples of two members", seconds / TAR_SAMPLES * 1e6, "µs/sample", 5)
+
+
+def doctor(folder: Path, rounds: int) -> None:
+    """Index and check shards whose pictures are as large as the reduced Pets: CPU seconds of one process."""
+    pictures, generator = folder / "larger", np.random.default_rng(0)
+    pictures.mkdir()
+    for number in range(LARGER_PICTURES):
+        coarse = Image.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+        coarse.resize((256, 192), Image.Resampling.BICUBIC).save(pictures / f"{number}.jpg", quality=92)
+    pack(FolderListing(pictures), folder / "larger_set", "train", shard_samples=500, workers=1)
+    tars = sorted((folder / "larger_set").glob("*.tar"))
+    data = ShardSet.open(folder / "larger_set", "train")
+
+    def decode_all() -> None:
+        for number in range(len(data)):
+            decode(data.read(number), fast=False)
+
+    def index(*, checksums: bool = False, labels: str = "none") -> None:
+        options = IndexOptions(labels=LabelRule.parse(labels), checksums=checksums)
+        index_tars({"train": tars}, folder / "index", options, workers=1, overwrite=True)
+
+    def check(*, decode: bool) -> None:
+        assert not check_set(folder / "larger_set", decode=decode, workers=1).faults
+
+    def per_10_000(action: Callable[[], object]) -> float:
+        return statistics.median(cpu_seconds(action) for _ in range(rounds)) / LARGER_PICTURES * 10_000
+
+    pairs = [(cpu_seconds(decode_all), cpu_seconds(partial(check, decode=True))) for _ in range(rounds)]
+    decoding = statistics.median(alone for alone, _ in pairs) / LARGER_PICTURES * 10_000
+    mean = sum(tar.stat().st_size for tar in tars) / LARGER_PICTURES / 1024
+    print(f"the next are for 10,000 samples of {mean:.1f} KiB, which take {decoding:.1f} s to read and decode")
+    report("data index", per_10_000(index), "s", 1)
+    report("data index --labels json:path", per_10_000(partial(index, labels="json:path")), "s", 2)
+    report("data index --checksums", per_10_000(partial(index, checksums=True)), "s", 2)
+    report("data check --no-decode", per_10_000(partial(check, decode=False)), "s", 4)
+    report("data check", statistics.median(checked for _, checked in pairs) / LARGER_PICTURES * 10_000, "s", 10)
+    report("  against reading and decoding alone", statistics.median(both / alone for alone, both in pairs), "×", 1.3)
 
 
 def open_many(folder: Path, rounds: int) -> None:
@@ -162,6 +204,7 @@ def main() -> None:
         parser.error(f"--reads {args.reads} is below 10")
     with tempfile.TemporaryDirectory() as folder:
         index_a_tar(Path(folder), args.rounds)
+        doctor(Path(folder), min(3, args.rounds))
         open_many(Path(folder), args.rounds)
         order_blocks(args.rounds)
         read_many(Path(folder), args.reads)

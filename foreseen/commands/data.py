@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foreseen.commands import data_look
+from foreseen.commands import data_doctor, data_look
 
 if TYPE_CHECKING:
     from foreseen.data.pack import Summary
 
 app = typer.Typer(
-    help="Pack pictures into shards, which every other command reads, and look at them.", no_args_is_help=True
+    help="Pack pictures into shards, which every other command reads; check, mend and look at them.",
+    no_args_is_help=True,
 )
+app.command()(data_doctor.check)
+app.command()(data_doctor.index)
+app.command()(data_doctor.repair)
 app.command()(data_look.stats)
 app.command()(data_look.show)
 
@@ -30,8 +34,8 @@ def pack(
     src: Annotated[
         str,
         typer.Argument(
-            help="Folder of pictures; .csv, .tsv, .jsonl or .ndjson; .txt or .lst with a path on each line; hf: and a "
-            "name on the hub or a path; torchvision:NAME@DIR.",
+            help="Folder of pictures; tars; .csv, .tsv, .jsonl or .ndjson; .txt or .lst with a path on each line; hf: "
+            "and a name on the hub or a path; torchvision:NAME@DIR.",
             show_default=False,
         ),
     ],

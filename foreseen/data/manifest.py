@@ -40,7 +40,10 @@ class Split:
         labels: file with one class number a sample, or None.
         mean, std: of each RGB channel in [0, 1], every picture weighing the same.
         source, licence: where the pictures came from, and under which terms.
-        plan: the options that the split was packed with, and a digest of what was listed.
+        plan: the options that the split was packed with, and a digest of what was listed; `indexed` and how the index
+            was made for tars that others made.
+        first_digest: `index_digest` as it was before missing checksums were filled in, which changed no picture; the
+            fingerprint goes on with it. None where they never were.
     """
 
     samples: int
@@ -54,6 +57,12 @@ class Split:
     source: str | None
     licence: str | None
     plan: Mapping[str, Any] | None
+    first_digest: str | None = None
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether others made the tars, so that nothing is known of them but what was looked up."""
+        return self.plan is not None and "indexed" in self.plan
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ def _parse_split(found: dict[str, Any]) -> Split:
         source=found["source"],
         licence=found["licence"],
         plan=found["plan"],
+        first_digest=found.get("first_digest"),
     )
 
 

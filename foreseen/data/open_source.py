@@ -12,6 +12,8 @@ from foreseen.data.manifest import FILE_NAME, WORK_PREFIX
 from foreseen.data.source import Source
 from foreseen.data.table import Columns, TableSource
 from foreseen.data.table_files import TABLE_SUFFIXES
+from foreseen.data.tar_paths import holds_tars
+from foreseen.data.tar_source import TarSource
 from foreseen.data.torchvision_set import TorchvisionSource
 from foreseen.errors import BadInput
 
@@ -37,7 +39,7 @@ class SourceOptions:
 
 
 def open_source(src: str, options: SourceOptions) -> Source:
-    """The source at a path: `hf:…`, `torchvision:…`, a file that lists pictures, or a folder of them.
+    """The source at a path: `hf:…`, `torchvision:…`, tars, a file that lists pictures, or a folder of them.
 
     Raises:
         BadInput: there is nothing, or a file of another kind.
@@ -53,9 +55,12 @@ def open_source(src: str, options: SourceOptions) -> Source:
     if options.download:
         raise BadInput(f"--download is for {torchvision_set.PREFIX}NAME@DIR, not for {src}")
     path = Path(src).expanduser()
+    if holds_tars(src):
+        return TarSource([src], options.columns, options.labels)
     if os.path.isfile(path):
         if path.suffix.lower() not in TABLE_SUFFIXES:
-            kinds = f"a folder of pictures, a {', '.join(sorted(TABLE_SUFFIXES))} file, hf:NAME or torchvision:NAME@DIR"
+            tables = ", ".join(sorted(TABLE_SUFFIXES))
+            kinds = f"a folder of pictures, tars, a {tables} file, hf:NAME or torchvision:NAME@DIR"
             raise BadInput(f"{path} is a file of no kind that is read: give {kinds}")
         return TableSource(path, options.columns, options.labels, options.keep)
     return FolderSource(path, options.labels)
@@ -64,7 +69,7 @@ def open_source(src: str, options: SourceOptions) -> Source:
 def is_folder(src: str) -> bool:
     """Whether a source is none but a folder of pictures."""
     prefixes = (hugging_face.PREFIX, torchvision_set.PREFIX)
-    return not src.startswith(prefixes) and not os.path.isfile(Path(src).expanduser())
+    return not src.startswith(prefixes) and not os.path.isfile(Path(src).expanduser()) and not holds_tars(src)
 
 
 def resolve(src: str) -> str:

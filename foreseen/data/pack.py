@@ -87,6 +87,7 @@ def pack(
     strict: bool = False,
     overwrite: bool = False,
     keep: bool = False,
+    image: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Pack samples into one split of the set in a folder, which is made if need be.
@@ -113,6 +114,7 @@ def pack(
         strict: refuse the whole split if any picture is unreadable, instead of leaving those out.
         overwrite: replace the split if it exists.
         keep: leave the split alone if it exists and was packed from the same listing in the same way.
+        image: format of all pictures, "jpg", "png" or "webp"; None chooses it as said above.
         progress: called now and then with the samples done and the samples in all.
 
     Raises:
@@ -130,7 +132,7 @@ def pack(
         split=split,
         samples=len(samples),
         listing=_digest_listing(samples, classes),
-        image=_choose_format(samples),
+        image=image or _choose_format(samples),
         max_side=max_side,
         quality=quality,
         shard_samples=shard_samples,

@@ -149,10 +149,10 @@ def publish(
     for column, name in enumerate(("offset_512", "size", "crc32")):
         index[name] = rows[:, column]
     index_file, labels_file = f"{plan.split}.index.npy", f"{plan.split}.labels.npy"
-    _save(out / index_file, index)
+    save_array(out / index_file, index)
     has_labels = bool((rows[:, 3] >= 0).any())
     if has_labels:
-        _save(out / labels_file, rows[:, 3].astype("<i4"))
+        save_array(out / labels_file, rows[:, 3].astype("<i4"))
     mean, std = _channel_statistics(results, len(rows))
     entry = Split(
         samples=len(rows),
@@ -189,7 +189,8 @@ def _remove_strays(out: Path, split: str, entry: Split) -> None:
             file.unlink()
 
 
-def _save(file: Path, array: NDArray[Any]) -> None:
+def save_array(file: Path, array: NDArray[Any]) -> None:
+    """Write or replace a `.npy` whole or not at all."""
     part = file.with_name(f".{file.name}.part")
     with open(part, "wb") as out:
         np.save(out, array, allow_pickle=False)

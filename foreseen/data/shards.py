@@ -84,8 +84,8 @@ class ShardSet:
         path = Path(path)
         manifest = read_manifest(path)
         entry = find_split(manifest.splits, split, place or str(path))
-        index = _map_array(path / entry.index, INDEX_ROW, entry.samples)
-        labels = None if entry.labels is None else _map_array(path / entry.labels, np.dtype("<i4"), entry.samples)
+        index = map_array(path / entry.index, INDEX_ROW, entry.samples)
+        labels = None if entry.labels is None else map_array(path / entry.labels, np.dtype("<i4"), entry.samples)
         return cls(path, split, entry, manifest.classes, index, labels, store or LocalStore(path), place or str(path))
 
     def __len__(self) -> int:
@@ -292,12 +292,17 @@ def index_digest(rows: NDArray[Any]) -> str:
 
 
 def _fingerprint(entry: Split) -> str:
-    digest = hashlib.blake2b(entry.index_digest.encode(), digest_size=16)
+    digest = hashlib.blake2b((entry.first_digest or entry.index_digest).encode(), digest_size=16)
     digest.update("".join(f"\n{name} {samples} {size}" for name, samples, size in entry.shards).encode())
     return digest.hexdigest()
 
 
-def _map_array(file: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
+def map_array(file: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
+    """Map a `.npy` of a known type and length into memory.
+
+    Raises:
+        BadInput: it is missing, broken, or holds something else.
+    """
     try:
         array = np.load(file, mmap_mode="r" if rows else None, allow_pickle=False)
     except FileNotFoundError:

@@ -125,7 +125,7 @@ def _make_members(
     pixels = decode(data, fast=False)
     if (damage := find_damage(data)) is not None:
         raise DecodeError(damage)
-    statistics = _channel_statistics(pixels)
+    statistics = channel_statistics(pixels)
     height, width = pixels.shape[:2]
     scale = 1.0 if job.max_side is None else min(1.0, job.max_side / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -152,7 +152,7 @@ def _read(blob: Encoded) -> bytes:
     return blob.read()
 
 
-def _channel_statistics(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+def channel_statistics(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Mean and mean square of each channel, [2, 3], in [0, 1], on a grid of the picture's pixels."""
     down, right = (max(1, side // _STATISTICS_GRID) for side in pixels.shape[:2])
     values = np.ascontiguousarray(pixels[::down, ::right].reshape(-1, 3).T, dtype=np.float64)  # whole: sums are exact
