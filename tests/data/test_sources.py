@@ -111,7 +111,7 @@ def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(BadInput, match="nowhere does not exist"):
         read(tmp_path / "nowhere")
-    with pytest.raises(BadInput, match=r"is a file of no kind that is read: give a folder of pictures, a \.csv"):
+    with pytest.raises(BadInput, match=r"is a file of no kind that is read: give a folder of pictures, tars, a \.csv"):
         read((tmp_path / "notes.txt").rename(tmp_path / "notes.doc"))
 
 

@@ -142,7 +142,7 @@ def test_only_pictures_are_taken_from_a_tar(http: Http, tmp_path: Path, small_sh
     assert names(shards) == ["a.jpg", "sub/c.jpg", "d.png", "e.jpg"]
     found = batches(shards, 0, 3)
     assert {problem.partition(": ")[2] for batch in found for problem in batch.problems} == {
-        "d.png: it is no picture in a format that is read (JPEG, PNG, WEBP, BMP, GIF, TIFF)"
+        "d.png: it is text and no picture, it begins with 'broken'"
     }
 
 
