@@ -91,8 +91,8 @@ def run(config: "Config") -> "Outcome":
         record_config(config, accelerator)
         num_classes = shards.num_classes
         objective = METHODS[config.method.name].build(config, num_classes)
-        builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=data.fast_decode)
-        judge = BatchBuilder(shards, objective.evaluation_request(), config.seed, fast_decode=data.fast_decode)
+        builder = BatchBuilder.configured(shards, objective.request, config)
+        judge = BatchBuilder.configured(shards, objective.evaluation_request(), config)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         size = config.batch.micro_size or max(1, config.batch.global_size // ranks)
         validation = SweepDataset(judge, size, rank=rank, ranks=ranks, subset=subsets.validation)
@@ -181,7 +181,7 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
     try:
         shards = open_shards(config, config.data.test_split, accelerator)
         request = job.objective.evaluation_request()
-        judge = BatchBuilder(shards, request, config.seed, fast_decode=config.data.fast_decode)
+        judge = BatchBuilder.configured(shards, request, config)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         sweep = SweepDataset(judge, size, rank=rank, ranks=ranks)
         result["test_data"] = {"path": str(shards.path.resolve()), "split": shards.split}

@@ -42,7 +42,7 @@ def run(config: "Config") -> "Outcome":
         config = config.with_length(len(shards))
         record_config(config, accelerator)
         objective = METHODS[config.method.name].build(config)
-        builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=config.data.fast_decode)
+        builder = BatchBuilder.configured(shards, objective.request, config)
         seen = Preprocessing.of_view(objective.request.views[0])
         probe = _online_probe(config, shards, seen, accelerator)
         parents = parents_of(objective.encoder())
@@ -62,6 +62,8 @@ def _online_probe(
     config: "Config", shards: "ShardSet", seen: "Preprocessing", accelerator: "Accelerator"
 ) -> "OnlineProbe | None":
     from foreseen.commands.session import open_data
+    from foreseen.data.loader import BatchBuilder
+    from foreseen.data.views import Request
     from foreseen.engine.online_probe import OnlineProbe
 
     options = config.probe
@@ -72,9 +74,7 @@ def _online_probe(
         shards = open_data(named, options.split, accelerator, size=max(config.views.size))
     return OnlineProbe(
         options,
-        shards,
-        seen.view(),
+        BatchBuilder.configured(shards, Request(views=(seen.view(),)), config),
         has_labels=options.data is not None or options.labels,
         seed=config.data.subset_seed,
-        fast_decode=config.data.fast_decode,
     )

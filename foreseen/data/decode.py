@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from foreseen.data.shards import CorruptSample
+from foreseen.data.shards import MAX_BYTES, CorruptSample
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 64_000_000
-MAX_BYTES = 64 << 20
 
 _ORIENTATION_TAG = 0x0112
 _TURNING_XMP = re.compile(rb'(?<!/)tiff:Orientation(?!(?:="|>)1\b)')  # Photoshop writes a 1 into every upright picture

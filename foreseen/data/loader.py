@@ -11,20 +11,23 @@ import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from foreseen.data.batch import Batch, BatchLayout
-from foreseen.data.decode import DecodeError, decode
+from foreseen.config import Config
+from foreseen.data.batch import Batch, BatchLayout, Problem
+from foreseen.data.decode import MAX_PIXELS, decode
 from foreseen.data.order import Order
-from foreseen.data.shards import CorruptSample, ShardSet
+from foreseen.data.shards import MAX_BYTES, CorruptSample, ShardSet
 from foreseen.data.views import Request, ViewCutter
 from foreseen.device_keys import as_tensor
 from foreseen.errors import BadInput
 from foreseen.keys import Keys, sample_keys, stream_constant, subkeys, uniform
+from foreseen.printable import printable
 from foreseen.processes import exit_with_the_parent
 
 _SIGNALS_TO_RANKS = (signal.SIGTERM, signal.SIGUSR1)  # a rank is told to stop by these, never a worker
@@ -39,9 +42,13 @@ class BatchBuilder:
         request: what the objective wants of each sample.
         seed: of the run.
         fast_decode: use torchcodec for the JPEGs that it is safe for, where it is installed.
+        max_pixels, max_bytes: of one picture; larger ones are unreadable, by their headers.
     """
 
-    def __init__(self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True) -> None:
+    def __init__(
+        self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True, max_pixels: int = MAX_PIXELS,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:  # fmt: skip
         if request.labels and shards.labels is None:
             raise BadInput(
                 f"data.path {shards.path} holds no labels in split {shards.split!r}, and this job needs them"
@@ -50,6 +57,16 @@ class BatchBuilder:
         self.request = request
         self.seed = seed
         self.fast_decode = fast_decode
+        self.max_pixels, self.max_bytes = max_pixels, max_bytes
+
+    @classmethod
+    def configured(cls, shards: ShardSet, request: Request, config: Config) -> Self:
+        """With the seed and the limits of a config."""
+        data = config.data
+        return cls(
+            shards, request, config.seed, fast_decode=data.fast_decode, max_pixels=data.max_pixels,
+            max_bytes=data.max_bytes,
+        )  # fmt: skip
 
     def build(self, positions: NDArray[np.int64], samples: NDArray[np.int64], pool: NDArray[np.int64] | None) -> Batch:
         """Make the batch of `samples` standing at `positions`.
@@ -62,9 +79,10 @@ class BatchBuilder:
         keys = sample_keys(self.seed, positions)
         cutter = ViewCutter(self.request.views, keys)
         used = samples.copy()
-        problems: list[str] = []
+        problems: list[Problem] = []
         for row in range(len(samples)):
-            image, used[row] = self._readable_image(int(samples[row]), keys[row : row + 1], pool, problems)
+            place = int(positions[row])
+            image, used[row] = self._readable_image(int(samples[row]), place, keys[row : row + 1], pool, problems)
             cutter.cut(row, image)
         label = None
         if self.request.labels and self.shards.labels is not None:
@@ -80,15 +98,17 @@ class BatchBuilder:
         )
 
     def _readable_image(
-        self, sample: int, key: Keys, pool: NDArray[np.int64] | None, problems: list[str]
+        self, sample: int, position: int, key: Keys, pool: NDArray[np.int64] | None, problems: list[Problem]
     ) -> tuple[NDArray[np.uint8], int]:
         for attempt in range(_SUBSTITUTES + 1):
             try:
-                return decode(self.shards.read(sample), fast=self.fast_decode), sample
-            except (DecodeError, OSError) as error:
-                problems.append(f"{self.shards.describe(sample)}: {error}")
-            except CorruptSample as error:  # it names the sample itself
-                problems.append(str(error))
+                data = self.shards.read(sample, max_bytes=self.max_bytes)
+                pixels = decode(data, max_pixels=self.max_pixels, max_bytes=self.max_bytes, fast=self.fast_decode)
+                return pixels, sample
+            except (CorruptSample, OSError) as error:
+                place = self.shards.place(sample)
+                set_and_split = str(self.shards.path), self.shards.split
+                problems.append(Problem(position, sample, *set_and_split, *place, printable(str(error))))
             # A function of the key and the attempt, so that every run replaces alike and no other sample moves.
             draw = float(uniform(subkeys(key, f"substitute/{attempt}"), "sample", 1)[0, 0])
             choices = len(self.shards) if pool is None else len(pool)

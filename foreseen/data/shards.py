@@ -22,13 +22,18 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from foreseen.data.arrays import map_array
 from foreseen.data.manifest import Split, read_manifest
 from foreseen.errors import BadInput
+from foreseen.files import open_regular
+from foreseen.printable import printable
 
 # Offsets in a tar are multiples of 512, so 32 bits of them reach 2 TB; crc32 0 means not known.
 INDEX_ROW = np.dtype([("offset_512", "<u4"), ("size", "<u4"), ("crc32", "<u4")])
 TAR_BLOCK = 512
+MAX_BYTES = 64 << 20  # of one picture, encoded
 _MAX_OPEN_SHARDS = 128
+_MOST_CLASSES = 1_000_000  # a classifier of as many is larger than most backbones
 
 
 class CorruptSample(ValueError):
@@ -75,8 +80,8 @@ class ShardSet:
             hint = f"; did you mean {near[0]}?" if near else ""
             has = ", ".join(sorted(manifest.splits)) or "none"
             raise BadInput(f"{path} has no split {split!r}, it has {has}{hint}")
-        index = _map_array(path / entry.index, INDEX_ROW, entry.samples)
-        labels = None if entry.labels is None else _map_array(path / entry.labels, np.dtype("<i4"), entry.samples)
+        index = map_array(path / entry.index, INDEX_ROW, entry.samples)
+        labels = None if entry.labels is None else map_array(path / entry.labels, np.dtype("<i4"), entry.samples)
         return cls(path, split, entry, manifest.classes, index, labels)
 
     def __len__(self) -> int:
@@ -97,27 +102,39 @@ class ShardSet:
 
     @property
     def num_classes(self) -> int:
-        """Classes that the labels count: those with a name, or up to the largest label."""
-        if self.classes:
-            return len(self.classes)
-        return 0 if self.labels is None or not len(self.labels) else int(self.labels.max()) + 1
+        """Classes that the labels count: those with a name, or up to the largest label. Reads all of them."""
+        largest = -1 if self.labels is None or not len(self.labels) else int(self.labels.max())
+        most = len(self.classes) if self.classes else _MOST_CLASSES
+        if largest >= most:
+            raise BadInput(
+                f"split {self.split!r} of {self.path} has the label {largest:,}, and labels below {most:,} are what "
+                + ("its classes have names for" if self.classes else "is believed")
+                + ": pack the set again"
+            )
+        return most if self.classes else largest + 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker maps the files itself: sending the object must not send a gigabyte of index.
         return (type(self).open, (self.path, self.split))
 
-    def read(self, sample: int) -> bytes:
+    def read(self, sample: int, *, max_bytes: int = MAX_BYTES) -> bytes:
         """The encoded picture of one sample, in [0, len).
 
         Its checksum is compared, which costs under 2 % of decoding it: nothing else notices a flipped bit.
 
+        Args:
+            sample: its number.
+            max_bytes: of a picture that the index says is longer nothing is read.
+
         Raises:
             IndexError: there is no such sample.
-            CorruptSample: the bytes differ from those packed, or the shard ends before them.
+            CorruptSample: the bytes differ from those packed, the shard ends before them, or they are too many.
             BadInput: the shard has gone.
         """
         shard = self._shard_of(sample)
         offset_512, size, crc32 = self._index[sample].item()
+        if size > max_bytes:
+            raise CorruptSample(f"{self.describe(sample)} has {size:,} bytes, more than the {max_bytes:,} allowed")
         data = self._pread(shard, size, offset_512 * TAR_BLOCK)
         if len(data) != size:
             raise CorruptSample(f"{self.describe(sample)} ends after {len(data)} of its {size} bytes")
@@ -127,15 +144,20 @@ class ShardSet:
 
     def describe(self, sample: int) -> str:
         """Name a sample for a message: `train-000003.tar: sample 17 (key 000003017)`."""
+        shard, key = self.place(sample)
+        text = f"{shard}: sample {sample - self._starts[self._shard_of(sample)]}"
+        return f"{text} (key {key})" if key else text
+
+    def place(self, sample: int) -> tuple[str, str]:
+        """The file name of a sample's shard and its key there, fit to be shown; no key where none can be read."""
         shard = self._shard_of(sample)
-        text = f"{self._shards[shard].name}: sample {sample - self._starts[shard]}"
+        name = printable(self._shards[shard].name)
         header_at = (int(self._index[sample]["offset_512"]) - 1) * TAR_BLOCK
         try:
             header = self._pread(shard, TAR_BLOCK, header_at)
-        except (OSError, BadInput):  # a message is made where something has already gone wrong
-            return text
-        key = header[:100].split(b"\0")[0].decode(errors="replace").split(".")[0]
-        return f"{text} (key {key})" if key else text
+        except (OSError, BadInput):  # it is asked for where something has already gone wrong
+            return name, ""
+        return name, printable(header[:100].split(b"\0")[0].decode(errors="replace").split(".")[0])
 
     def check_sizes(self) -> None:
         """Compare every shard on disk with the manifest: a stat each, no reading.
@@ -168,7 +190,7 @@ class ShardSet:
     def _open_file(self, shard: int) -> "_Descriptor":
         file = self.path / self._shards[shard].name
         try:
-            return _Descriptor(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+            return _Descriptor(open_regular(file))
         except FileNotFoundError:
             raise BadInput(f"{file} is missing: copy or pack the split {self.split!r} again") from None
 
@@ -192,15 +214,3 @@ def _fingerprint(entry: Split) -> str:
     digest = hashlib.blake2b(entry.index_digest.encode(), digest_size=16)
     digest.update("".join(f"\n{name} {samples} {size}" for name, samples, size in entry.shards).encode())
     return digest.hexdigest()
-
-
-def _map_array(file: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
-    try:
-        array = np.load(file, mmap_mode="r" if rows else None, allow_pickle=False)
-    except FileNotFoundError:
-        raise BadInput(f"{file} is missing: copy or pack the set again") from None
-    except (ValueError, EOFError) as error:
-        raise BadInput(f"{file} cannot be read ({error}): copy or pack the set again") from None
-    if array.dtype != dtype or array.shape != (rows,):
-        raise BadInput(f"{file} holds {array.dtype}{array.shape} where the manifest promises {rows:,} rows of {dtype}")
-    return np.asarray(array)  # the plain view of the same pages: indexing a memmap object is five times as slow

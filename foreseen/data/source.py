@@ -18,6 +18,7 @@ import numpy as np
 
 from foreseen.data.shards import CorruptSample
 from foreseen.errors import BadInput
+from foreseen.files import open_regular
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what `decode` reads
@@ -47,8 +48,14 @@ class Blob:
 
     def read(self) -> bytes:
         """The bytes; fewer than `size` if the file has shrunk meanwhile."""
-        with open(self.path, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), self.size, self.offset)
+        try:
+            descriptor = open_regular(self.path)
+        except BadInput as error:  # it has become something else since it was listed
+            raise CorruptSample(str(error)) from None
+        try:
+            return os.pread(descriptor, self.size, self.offset)
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from foreseen.data.labels import number_labels
 from foreseen.data.source import Blob, FoundFile, Missing, SourceSample, Splits, digest_files
 from foreseen.errors import BadInput
+from foreseen.files import bounded_lines
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv"})
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -123,10 +124,11 @@ class TableSource:
     def _table(self) -> tuple[list[str], list[list[str]]]:
         try:
             with open(self.file, encoding="utf-8-sig", newline="") as text:
-                first = text.readline()
+                first = next(bounded_lines(text, self.file), "")
                 text.seek(0)
                 separator = max(",;\t", key=first.count)
-                rows = [row for row in csv.reader(text, delimiter=separator, strict=True) if any(row)]
+                lines = bounded_lines(text, self.file)
+                rows = [row for row in csv.reader(lines, delimiter=separator, strict=True) if any(row)]
         except UnicodeDecodeError:
             raise BadInput(f"{self.file} is not UTF-8 text: save it as CSV in UTF-8") from None
         except (csv.Error, OSError) as error:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foreseen.errors import BadInput
-from foreseen.files import sync, write_atomically
+from foreseen.files import open_regular, read_json, sync, write_atomically
 
 _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)")
@@ -118,11 +118,13 @@ class Checkpoints:
         """What is wrong with a checkpoint, or None."""
         folder = self.folder / f"step-{step}"
         try:
-            files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+            files = read_json(folder / "manifest.json")["files"]
             for name, expected in files.items():
+                if "/" in name or name.startswith("."):
+                    return f"its manifest names {name!r}, which is no file of a checkpoint"
                 if _digest(folder / name) != expected:
                     return f"{name} does not match its checksum"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return str(error)
         return None
 
@@ -134,7 +136,7 @@ class Checkpoints:
             step=step,
             model=load_file(folder / "model.safetensors"),
             optimizer=load_file(folder / "optimizer.safetensors"),
-            state=json.loads((folder / "state.json").read_text(encoding="utf-8")),
+            state=read_json(folder / "state.json"),
             average=load_file(average) if average.is_file() else None,
         )
 
@@ -144,7 +146,7 @@ class Checkpoints:
         path = self.folder / "best.json"
         if not path.is_file():
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return int(content["step"]), float(content["score"])
 
     def mark_best(self, step: int, score: float) -> None:
@@ -182,5 +184,5 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from foreseen.errors import BadInput
-from foreseen.files import write_atomically
+from foreseen.files import read_json, write_atomically
 
 _PACKAGES = ("foreseen", "torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pillow")
 
@@ -74,7 +74,7 @@ def describe_start(devices: Mapping[str, Any]) -> dict[str, Any]:
 def record_start(folder: Path, start: Mapping[str, Any]) -> None:
     """Add a start to environment.json."""
     path = folder / "environment.json"
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    starts = read_json(path)["starts"] if path.is_file() else []
     write_atomically(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
 
 
