@@ -39,4 +39,4 @@ def _shown(letter: str) -> str:
         return _SHORT[letter]
     if letter in _JOINERS or unicodedata.category(letter) not in _UNSEEN:
         return letter
-    return letter.encode("ascii", "backslashreplace").decode()
+    return letter.encode("unicode_escape").decode()

@@ -160,10 +160,12 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
     import json
 
     from foreseen.commands.session import open_shards
+    from foreseen.data.batch import Problem
     from foreseen.data.loader import BatchBuilder, SweepDataset
     from foreseen.engine.checkpoint import Checkpoints
     from foreseen.engine.evaluate import evaluate
     from foreseen.engine.resume import describe_data
+    from foreseen.engine.unreadable import UnreadableList
     from foreseen.errors import BadInput
     from foreseen.files import write_atomically
 
@@ -185,7 +187,14 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
         ranks, rank = accelerator.num_processes, accelerator.process_index
         sweep = SweepDataset(judge, size, rank=rank, ranks=ranks)
         result["test_data"] = {"path": str(shards.path.resolve()), "split": shards.split}
-        result["test"] = evaluate(job.objective, sweep, accelerator, config.compute, workers=config.data.workers)
+        problems: list[Problem] = []
+        result["test"] = evaluate(
+            job.objective, sweep, accelerator, config.compute, workers=config.data.workers, problems=problems
+        )
+        listed = UnreadableList(config.run.dir, accelerator)
+        listed.recall()
+        for problem in listed.add(problems, "test", lambda _: result["step"])[:5]:
+            accelerator.print(f"unreadable, in test: {problem}")
     except BadInput as error:
         accelerator.print(f"no test score: {error}")
     else:

@@ -32,7 +32,7 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, sample: int) -> bytes:
+    def read(self, sample: int, *, max_bytes: int) -> bytes:
         return _picture(sample)
 
     def describe(self, sample: int) -> str:
