@@ -358,6 +358,23 @@ def load(
     return resolve({str(key): value for key, value in raw.items()}, methods)
 
 
+def read_yaml(file: Path) -> Any:
+    """What a YAML file of plain values holds, such as the resolved config in a run folder.
+
+    Raises:
+        BadInput: it is no such file, or a very large one.
+        OSError: it cannot be read.
+    """
+    try:
+        text = read_text(file, max_bytes=_MAX_RECIPE_BYTES)
+        _check_expansion(text)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{file} is no YAML that can be read: {error}") from None
+
+
 def _check_expansion(text: str) -> None:
     """Refuse YAML whose aliases would unfold to more than a recipe: ten lines can name a billion values.
 

@@ -70,11 +70,15 @@ def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """What a small JSON file holds.
 
     Raises:
-        BadInput: it is no regular file, or larger.
+        BadInput: it is no regular file, larger, or no JSON.
         OSError: it cannot be read.
-        ValueError: it is no JSON in UTF-8, or nested too deeply.
     """
-    return parse_json(read_text(file, max_bytes=max_bytes))
+    try:
+        return parse_json(read_text(file, max_bytes=max_bytes))
+    except ValueError as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{file} is no JSON that can be read: {error}") from None
 
 
 def parse_json(text: str) -> Any:

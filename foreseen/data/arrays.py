@@ -29,7 +29,7 @@ def map_array(file: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
                 raise ValueError(f"its format {version} is not read")
             read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             shape, _, found = read_header(opened)
-            if found != dtype or shape != (rows,):
+            if found.hasobject or found != dtype or shape != (rows,):
                 raise BadInput(f"{file} holds {found}{shape} where the manifest promises {rows:,} rows of {dtype}")
             if not rows:
                 return np.empty(0, dtype)

@@ -129,16 +129,25 @@ class Checkpoints:
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """Read the checkpoint of a step, onto the CPU."""
+        """Read the checkpoint of a step, onto the CPU.
+
+        Raises:
+            BadInput: its files are not what their checksums promised, or somebody made others of both.
+        """
         folder = self.folder / f"step-{step}"
         average = folder / "average.safetensors"
-        return Checkpoint(
-            step=step,
-            model=load_file(folder / "model.safetensors"),
-            optimizer=load_file(folder / "optimizer.safetensors"),
-            state=read_json(folder / "state.json"),
-            average=load_file(average) if average.is_file() else None,
-        )
+        try:
+            return Checkpoint(
+                step=step,
+                model=load_file(folder / "model.safetensors"),
+                optimizer=load_file(folder / "optimizer.safetensors"),
+                state=read_json(folder / "state.json"),
+                average=load_file(average) if average.is_file() else None,
+            )
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise BadInput(
+                f"the checkpoint {folder} cannot be read: {error}; delete it to go on from another"
+            ) from None
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -147,7 +156,10 @@ class Checkpoints:
         if not path.is_file():
             return None
         content = read_json(path)
-        return int(content["step"]), float(content["score"])
+        try:
+            return int(content["step"]), float(content["score"])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise BadInput(f"{path} is not what was written: delete it, and the best is chosen anew") from None
 
     def mark_best(self, step: int, score: float) -> None:
         """Keep the checkpoint of a step whatever comes after."""

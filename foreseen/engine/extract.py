@@ -98,8 +98,8 @@ def extract(
         table = torch.zeros(len(samples), width + 1, dtype=dtype, device=device)
         problems: list[Problem] = []
         for batch in load(sweep, range(len(sweep)), workers=workers, pin_memory=device.type == "cuda"):
-            wanted = set(batch.position.tolist())  # not a substitute, which is nobody's to miss
-            problems.extend(problem for problem in batch.problems if problem.sample in wanted)
+            # A sweep's positions are sample numbers: another number was but a substitute.
+            problems.extend(problem for problem in batch.problems if problem.sample == problem.position)
             readable = (batch.sample == batch.position).numpy()  # a substitute stands for another picture
             rows = np.searchsorted(samples, batch.position.numpy()[readable])
             found = pooled(finish(batch, builder.request, device, dtype).images[view.name])[torch.from_numpy(readable)]

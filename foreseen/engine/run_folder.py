@@ -72,9 +72,16 @@ def describe_start(devices: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_start(folder: Path, start: Mapping[str, Any]) -> None:
-    """Add a start to environment.json."""
+    """Add a start to environment.json.
+
+    Raises:
+        BadInput: it holds something else.
+    """
     path = folder / "environment.json"
-    starts = read_json(path)["starts"] if path.is_file() else []
+    try:
+        starts = list(read_json(path)["starts"]) if path.is_file() else []
+    except (KeyError, TypeError):
+        raise BadInput(f"{path} is not what was written: move it away") from None
     write_atomically(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
 
 

@@ -416,6 +416,16 @@ class _Trainer:
             self.unreadable.recall(0)
             return 0
         found = self.checkpoints.load(newest[0])
+        try:
+            return self._take_up(found)
+        except (BadInput, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            where = self.checkpoints.folder / f"step-{found.step}"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"the checkpoint {where} is not what this run saved ({reason}); delete it") from error
+
+    def _take_up(self, found: Checkpoint) -> int:
         check_same_run(self.job.config, self.job.builder.shards, self.job.parents, found.state)
         self.job.objective.load_state_dict(found.model)
         self.optimizer.load_state(found.optimizer, found.state["optimizer"])
