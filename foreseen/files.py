@@ -44,10 +44,13 @@ def open_regular(file: str | Path) -> int:
         BadInput: it is a folder, a pipe, a socket or a device.
         OSError: it cannot be opened.
     """
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe without a writer would hang
+    refused = f"{file} is no regular file: pipes, devices and folders are not read"
+    if not stat.S_ISREG(os.stat(file).st_mode):  # opening is an act already: tapes rewind
+        raise BadInput(refused)
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe put there now would hang
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise BadInput(f"{file} is no regular file: pipes, devices and folders are not read")
+        raise BadInput(refused)
     return descriptor
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from foreseen.errors import BadInput
+from foreseen.files import open_regular
 
 _BLOCK = 512
 _HEADER = struct.Struct("100s 24x 12s 20x B 100x 5s 83x 155s 12x")  # name, size, kind, magic, prefix (POSIX ustar)
@@ -43,7 +44,7 @@ def scan_tar(file: Path) -> list[Member]:
     Raises:
         BadInput: compressed, truncated, with a sparse member, or not a tar.
     """
-    with open(file, "rb", buffering=0) as tar:
+    with os.fdopen(open_regular(file), "rb", buffering=0) as tar:
         start = tar.read(_BLOCK)
         for magic, kind in _COMPRESSED.items():
             if start.startswith(magic):
