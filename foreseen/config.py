@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from foreseen.errors import BadInput
@@ -348,9 +347,9 @@ def load(
         for found in parts:
             _refuse_interpolation(OmegaConf.to_container(found, resolve=False))
         raw = OmegaConf.to_container(OmegaConf.merge(*parts))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError, MemoryError) as error:
-        if isinstance(error, BadInput):
-            raise
+    except BadInput:
+        raise
+    except Exception as error:  # yaml's and OmegaConf's own, and what both let through on malformed input
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise BadInput(f"{path} with overrides {list(overrides)} cannot be read: {reason}") from error
     if not isinstance(raw, dict):

@@ -36,8 +36,8 @@ def map_array(file: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
             array = np.memmap(opened, dtype, mode="r", offset=opened.tell(), shape=(rows,))
     except FileNotFoundError:
         raise BadInput(f"{file} is missing: copy or pack the set again") from None
-    except (ValueError, EOFError, OSError, RecursionError, MemoryError, TypeError, SyntaxError) as error:
-        if isinstance(error, BadInput):
-            raise
+    except BadInput:
+        raise
+    except Exception as error:  # numpy parses the header as Python's literals, and lets every error of that through
         raise BadInput(f"{file} cannot be read ({error}): copy or pack the set again") from None
     return np.asarray(array)  # the plain view of the same pages: indexing a memmap object is five times as slow

@@ -107,7 +107,7 @@ def _parse_split(found: dict[str, Any]) -> Split:
         raise ValueError("a shard's samples and bytes must be whole numbers below 2^63, none of them negative")
     if (total := sum(shard.samples for shard in shards)) != found["samples"]:
         raise ValueError(f"samples is {found['samples']}, but its shards hold {total}")
-    names = [shard.name for shard in shards] + [found["index"]] + ([found["labels"]] if found["labels"] else [])
+    names = [shard.name for shard in shards] + [found["index"]] + ([] if found["labels"] is None else [found["labels"]])
     for name in names:
         if not isinstance(name, str) or not name or set(name) & set("/\\\0") or name.startswith("."):
             raise ValueError(f"{name!r} is not the name of a file beside it")

@@ -113,6 +113,8 @@ def _scan_with_tarfile(file: Path) -> list[Member]:
             for info in tar:
                 if info.issparse():
                     raise BadInput(_SPARSE.format(file=file))
+                if info.size < 0:  # numbers in base 256 have a sign, and tarfile would go back by it, for ever
+                    raise BadInput(f"{file} is no tar that can be read: {info.name} has {info.size} bytes")
                 if not info.isreg():
                     continue
                 if (end := info.offset_data + info.size) > size:

@@ -26,6 +26,7 @@ from foreseen.files import open_regular, read_json, sync, write_atomically
 
 _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)")
+_FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class Checkpoints:
         folder = self.folder / f"step-{step}"
         try:
             files = read_json(folder / "manifest.json")["files"]
+            if missing := _FILES - files.keys():
+                return f"its manifest does not name {min(missing)}"
             for name, expected in files.items():
                 if "/" in name or name.startswith("."):
                     return f"its manifest names {name!r}, which is no file of a checkpoint"

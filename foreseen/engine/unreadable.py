@@ -146,13 +146,13 @@ def _identity(problem: Problem) -> tuple[str, str, int]:
 
 def _read(file: Path) -> list[dict[str, Any]]:
     """The lines that are whole: a kill may have cut the last one short."""
-    needed = {"step", "use", *Problem._fields[1:]}
+    kinds = {"step": int, "use": str} | {name: Problem.__annotations__[name] for name in Problem._fields[1:]}
     found = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = parse_json(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and needed <= entry.keys() and isinstance(entry["step"], int):
+        if isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in kinds.items()):
             found.append(entry)
     return found

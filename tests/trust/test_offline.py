@@ -23,7 +23,7 @@ def record(tmp_path: Path) -> Path:
 
 
 def _run(code: str, record: Path, *arguments: object, alone: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a script where Python's sockets fail and say so; `alone` in a network of its own, where those of C fail, too."""
+    """Run a script where Python's sockets fail; `alone` in a network of its own, where those of C fail as well."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(WISHES)}
     environment = kept | {
         "PYTHONPATH": os.pathsep.join([str(HERE / "offline"), str(ROOT)]), "FORESEEN_TEST_NETWORK": str(record),
@@ -149,4 +149,4 @@ def test_the_main_job_reaches_for_nothing(alone: bool, picture_folder: Path, rec
     assert not record.exists(), record.read_text(encoding="utf-8")
     assert "encoder:" in done.stdout
     assert "k-NN" in done.stdout
-    assert "test split, read once" in done.stdout
+    assert "classifier:" in done.stdout
