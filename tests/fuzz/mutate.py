@@ -1,5 +1,6 @@
 """Small damage to bytes, text and JSON, drawn from a seeded generator: what files suffer, and what attackers write."""
 
+import copy
 import json
 import random
 import struct
@@ -13,8 +14,8 @@ _WORDS: tuple[Any, ...] = (
     float("inf"), float("nan"), "pipe:true", "train", "none", "float64",
 )  # fmt: skip
 _TOKENS = (
-    "[", "]", "{", "}", ":", ",", '"', "'", "&a", "*a", "!!python/name:os.system", "- ", "\n", "\t", "\0", "%", "@", "`",
-    "|", ">", "#", "?", "${", "~", "null", "1e999", "0x", "-.inf", "---", "...", "=", "\ufeff", "\u2028", "\\", ";",
+    "[", "]", "{", "}", ":", ",", '"', "'", "&a", "*a", "!!python/name:os.system", "- ", "\n", "\t", "\0", "%", "@",
+    "`", "|", ">", "#", "?", "${", "~", "null", "1e999", "0x", "-.inf", "---", "...", "=", "\ufeff", "\u2028", "\\", ";",
     "<<: ",
 )  # fmt: skip
 
@@ -125,8 +126,8 @@ def _replace(value: Any, rng: random.Random) -> Any:
     if isinstance(value, list) and value and rng.random() < 0.8:
         at = rng.randrange(len(value))
         if rng.random() < 0.2:
-            value.insert(at, rng.choice(_WORDS))
+            value.insert(at, copy.deepcopy(rng.choice(_WORDS)))
         else:
             value[at] = _replace(value[at], rng)
         return value
-    return rng.choice(_WORDS)
+    return copy.deepcopy(rng.choice(_WORDS))
