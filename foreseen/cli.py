@@ -9,6 +9,7 @@ import typer
 from foreseen import __version__
 from foreseen.commands import data, finetune, pretrain, probe, quickstart, recipes, results, verify_resume
 from foreseen.errors import BadInput
+from foreseen.printable import printable
 
 EXIT_BAD_INPUT = 2
 
@@ -50,5 +51,5 @@ def main() -> None:
     except BadInput as error:
         if int(os.environ.get("RANK", "0")) > 0:
             time.sleep(3)  # rank 0 says it; the launcher then ends this process before it repeats it
-        print(f"foreseen: {error}", file=sys.stderr, flush=True)
+        print("foreseen:", printable(str(error), keep="\n"), file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)

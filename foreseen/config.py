@@ -5,19 +5,22 @@ of the method that `method.name` chooses from the verb's own dict, so this file 
 """
 
 import difflib
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from foreseen.errors import BadInput
+from foreseen.files import read_text
 from foreseen.masked import masked, masked_options
 
 RECIPES = Path(__file__).parent / "configs"
+_MAX_RECIPE_BYTES = 1 << 20
+_MAX_VALUES = 10_000
 
 
 class Section(BaseModel):
@@ -116,7 +119,12 @@ class Data(Section):
     fast_decode: bool = True
     """Decode plain JPEGs with torchcodec where it is installed (extra `fast`)."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
-    """Share of unreadable samples at which the run stops."""
+    """Share of the samples trained on that may be unreadable; past it the run stops. Each counts once, however many
+    epochs meet it again."""
+    max_pixels: int = Field(64_000_000, ge=1, le=178_000_000)
+    """Most pixels of a picture, width × height; its header decides, before any pixel is decoded."""
+    max_bytes: int = Field(64 << 20, ge=1)
+    """Most bytes of a picture, encoded."""
 
     @property
     def shards_in_block(self) -> int | None:
@@ -374,13 +382,67 @@ def load(
             raise BadInput(f"{override!r} is no override; write key=value, such as run.steps=100")
     path = find_recipe(verb, recipe)
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        raw = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise BadInput(f"{path} with overrides {list(overrides)} cannot be read: {error}") from error
+        text = read_text(path, max_bytes=_MAX_RECIPE_BYTES)
+        for part in (text, *(override.partition("=")[2] for override in overrides)):
+            _check_expansion(part)
+        parts = OmegaConf.load(io.StringIO(text)), OmegaConf.from_dotlist(list(overrides))
+        for found in parts:
+            _refuse_interpolation(OmegaConf.to_container(found, resolve=False))
+        raw = OmegaConf.to_container(OmegaConf.merge(*parts))
+    except BadInput:
+        raise
+    except Exception as error:  # yaml's and OmegaConf's own, and what both let through on malformed input
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BadInput(f"{path} with overrides {list(overrides)} cannot be read: {reason}") from error
     if not isinstance(raw, dict):
         raise BadInput(f"{path} is no recipe: it holds no sections")
     return resolve({str(key): value for key, value in raw.items()}, methods)
+
+
+def read_yaml(file: Path) -> Any:
+    """What a YAML file of plain values holds, such as the resolved config in a run folder.
+
+    Raises:
+        BadInput: it is no such file, or a very large one.
+        OSError: it cannot be read.
+    """
+    try:
+        text = read_text(file, max_bytes=_MAX_RECIPE_BYTES)
+        _check_expansion(text)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{file} is no YAML that can be read: {error}") from None
+
+
+def _check_expansion(text: str) -> None:
+    """Refuse YAML whose aliases would unfold to more than a recipe: ten lines can name a billion values.
+
+    Only nodes are composed here, which runs no tag and shares what an alias repeats.
+    """
+    pending, count = [yaml.compose(text, Loader=yaml.SafeLoader)], 0
+    while pending:
+        node = pending.pop()
+        count += 1
+        if count > _MAX_VALUES:
+            raise BadInput(f"a recipe or an override holds more than {_MAX_VALUES:,} values, aliases counted each time")
+        if isinstance(node, yaml.SequenceNode):
+            pending.extend(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            pending.extend(part for pair in node.value for part in pair)
+
+
+def _refuse_interpolation(value: Any, key: str = "") -> None:
+    """Refuse `${…}`: a recipe is data, and OmegaConf's would read the environment of whoever runs it."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _refuse_interpolation(part, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for part in value:
+            _refuse_interpolation(part, key)
+    elif isinstance(value, str) and "${" in value:
+        raise BadInput(f"{key} is {value!r}: a recipe does not look up ${{…}}; write the value itself")
 
 
 def resolve(raw: dict[str, Any], methods: Mapping[str, type[MethodOptions]]) -> Config:

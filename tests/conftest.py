@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,16 +60,18 @@ def pets_archives() -> Path:
 def recipe(tmp_path: Path, small_shards: Path) -> Callable[..., list[str]]:
     """Overrides that make any shipped recipe small enough to run here in seconds."""
 
-    def small(**more: object) -> list[str]:
-        overrides = {
-            "run.dir": tmp_path / "run",
-            "data.path": small_shards,
-            "data.workers": 0,
-            "views.size": 32,
-            "model.args": "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",
-            "compute.precision": "fp32",
-        }
-        overrides |= {key.replace("__", "."): value for key, value in more.items()}
-        return [f"{key}={value}" for key, value in overrides.items()]
+    return partial(small_recipe, tmp_path / "run", small_shards)
 
-    return small
+
+def small_recipe(run_dir: Path, data: Path, **more: object) -> list[str]:
+    """Overrides as those of the fixture `recipe`; `section__key` changes or adds one."""
+    overrides = {
+        "run.dir": run_dir,
+        "data.path": data,
+        "data.workers": 0,
+        "views.size": 32,
+        "model.args": "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",
+        "compute.precision": "fp32",
+    }
+    overrides |= {key.replace("__", "."): value for key, value in more.items()}
+    return [f"{key}={value}" for key, value in overrides.items()]

@@ -33,7 +33,8 @@ def _load(*overrides: str) -> Config:
         ("optim.ema_decay=1", "optim.ema_decay should be less than 1, got 1"),
         ("compute.compil=true", "unknown key 'compute.compil' .*'compute.compile'"),
         ("run", "'run' is no override; write key=value"),
-        ("run.dir=${nowhere}", "cannot be read"),
+        ("run.dir=${nowhere}", r"run.dir is .* does not look up \$\{…\}"),
+        ("run.dir=[", "cannot be read"),
     ],
 )
 def test_a_wrong_override_is_a_sentence_that_names_the_key(override: str, sentence: str) -> None:

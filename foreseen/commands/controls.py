@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from foreseen.commands.jobs import Jobs, is_main_rank, say
 from foreseen.errors import BadInput
+from foreseen.files import read_json
 from foreseen.masked import masked
 
 if TYPE_CHECKING:
@@ -296,14 +297,13 @@ def is_finished(config: "Config") -> bool:
     Raises:
         BadInput: the folder holds another job's run, or one on other pictures or labels.
     """
-    import yaml
-
     from foreseen.commands.session import open_shards
+    from foreseen.config import read_yaml
     from foreseen.engine.launch import start
     from foreseen.engine.resume import check_same_config, check_same_data
 
-    result = _read(config, "result.json", json.loads)
-    resolved = _read(config, "config.yaml", yaml.safe_load)
+    result = _read(config, "result.json", read_json)
+    resolved = _read(config, "config.yaml", read_yaml)
     if result is None or resolved is None or "test" not in result:
         return False
     check_same_config(config.with_length(result["training_samples"]), resolved)
@@ -311,19 +311,19 @@ def is_finished(config: "Config") -> bool:
     return True
 
 
-def _read(config: "Config", name: str, parse: Callable[[str], Any]) -> Any:
+def _read(config: "Config", name: str, parse: Callable[[Path], Any]) -> Any:
     """What rank 0 finds in a file of a run folder, on every rank: other machines may see it later. None if missing."""
     import torch.distributed as dist
 
     file = config.run.dir / name
-    found = [parse(file.read_text(encoding="utf-8")) if is_main_rank() and file.is_file() else None]
+    found = [parse(file) if is_main_rank() and file.is_file() else None]
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
 def _result(config: "Config") -> dict[str, Any]:
-    result = _read(config, "result.json", json.loads)
+    result = _read(config, "result.json", read_json)
     if result is None or "test" not in result:
         raise BadInput(f"{config.run.dir} has no test score, so nothing can be compared; see what was said of it above")
     found: dict[str, Any] = result

@@ -91,11 +91,8 @@ def run(config: "Config") -> "Outcome":
         record_config(config, accelerator)
         num_classes = shards.num_classes
         objective = METHODS[config.method.name].build(config, num_classes)
-        builder = BatchBuilder(
-            shards, objective.request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block,
-            checksums=config.run.ledger == "pixels",
-        )  # fmt: skip
-        judge = BatchBuilder(shards, objective.evaluation_request(), config.seed, fast_decode=data.fast_decode)
+        builder = BatchBuilder.configured(shards, objective.request, config)
+        judge = BatchBuilder.configured(shards, objective.evaluation_request(), config)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         size = config.batch.micro_size or max(1, config.batch.global_size // ranks)
         validation = SweepDataset(judge, size, rank=rank, ranks=ranks, subset=subsets.validation)
@@ -163,10 +160,12 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
     import json
 
     from foreseen.commands.session import open_shards
+    from foreseen.data.batch import Problem
     from foreseen.data.loader import BatchBuilder, SweepDataset
     from foreseen.engine.checkpoint import Checkpoints
     from foreseen.engine.evaluate import evaluate
     from foreseen.engine.resume import describe_data
+    from foreseen.engine.unreadable import UnreadableList
     from foreseen.errors import BadInput
     from foreseen.files import write_atomically
 
@@ -184,11 +183,18 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
     try:
         shards = open_shards(config, config.data.test_split, accelerator)
         request = job.objective.evaluation_request()
-        judge = BatchBuilder(shards, request, config.seed, fast_decode=config.data.fast_decode)
+        judge = BatchBuilder.configured(shards, request, config)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         sweep = SweepDataset(judge, size, rank=rank, ranks=ranks)
         result["test_data"] = {"path": shards.address, "split": shards.split}
-        result["test"] = evaluate(job.objective, sweep, accelerator, config.compute, workers=config.data.workers)
+        problems: list[Problem] = []
+        result["test"] = evaluate(
+            job.objective, sweep, accelerator, config.compute, workers=config.data.workers, problems=problems
+        )
+        listed = UnreadableList(config.run.dir, accelerator)
+        listed.recall()
+        for problem in listed.add(problems, "test", lambda _: result["step"])[:5]:
+            accelerator.print(f"unreadable, in test: {problem}")
     except BadInput as error:
         accelerator.print(f"no test score: {error}")
     else:

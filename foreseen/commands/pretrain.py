@@ -65,28 +65,24 @@ def _builder(config: "Config", pictures: "ShardSet | TarStream", request: "Reque
     from foreseen.data.shards import ShardSet
     from foreseen.errors import BadInput
 
-    data = config.data
     if isinstance(pictures, ShardSet):
-        return BatchBuilder(
-            pictures, request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block,
-            checksums=config.run.ledger == "pixels",
-        )  # fmt: skip
+        return BatchBuilder.configured(pictures, request, config)
     if config.run.ledger:
         raise BadInput(
             f"run.ledger {config.run.ledger} names samples by number, and a stream has none: set it to false"
         )
     from foreseen.data.stream import StreamBuilder
 
-    return StreamBuilder(
-        pictures, request, config.seed, fast_decode=data.fast_decode, shuffle_buffer=data.shuffle_buffer
-    )
+    return StreamBuilder.configured(pictures, request, config)
 
 
 def _online_probe(
     config: "Config", pictures: "ShardSet | TarStream", seen: "Preprocessing", accelerator: "Accelerator"
 ) -> "OnlineProbe | None":
     from foreseen.commands.session import open_data
+    from foreseen.data.loader import BatchBuilder
     from foreseen.data.shards import ShardSet
+    from foreseen.data.views import Request
     from foreseen.engine.online_probe import OnlineProbe
     from foreseen.errors import BadInput
 
@@ -104,9 +100,7 @@ def _online_probe(
         )
     return OnlineProbe(
         options,
-        pictures,
-        seen.view(),
+        BatchBuilder.configured(pictures, Request(views=(seen.view(),)), config),
         has_labels=options.data is not None or options.labels,
         seed=config.data.subset_seed,
-        fast_decode=config.data.fast_decode,
     )

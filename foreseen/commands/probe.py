@@ -1,5 +1,6 @@
 """`foreseen probe`: how good the features of a frozen encoder are, without training it."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from numpy.typing import NDArray
 
+    from foreseen.data.batch import Problem
     from foreseen.data.shards import ShardSet
     from foreseen.engine.extract import Extracted
     from foreseen.engine.probe import Probe
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from foreseen.models.features import Features
 
 _PRECISION: Final = "fp32"  # so that the numbers do not depend on the machine
+_SHOWN = 5  # unreadable pictures
 _BATCH = 64  # pictures a forward; features do not depend on it
 _VALIDATION_FRACTION = 0.1  # of each class, for choosing the learning rate
 
@@ -57,6 +60,7 @@ def probe(
     from foreseen.commands.verbs import leave
     from foreseen.config import Columns, Compute, Data
     from foreseen.engine.launch import choose_attention, start
+    from foreseen.engine.unreadable import describe_problem
     from foreseen.engine.verdict import verdict
     from foreseen.handoff.frozen import frozen_encoder
     from foreseen.handoff.seen import count_seen, describe_seen
@@ -81,7 +85,7 @@ def probe(
         seen = count_seen(frozen.lineage, test)
         note = describe_seen(seen, test)
     if accelerator.is_main_process:
-        print("\n".join(_table(found, pooling, exam.unreadable)))
+        print("\n".join(_table(found, pooling, exam.problems)))
         print(verdict(found, {}))
         if note is not None:
             print(note)
@@ -93,7 +97,8 @@ def probe(
                 | {
                     "shots": shots,
                     "seed": seed,
-                    "unreadable": exam.unreadable,
+                    "unreadable": len(exam.problems),
+                    "unreadable_pictures": [describe_problem(problem) for problem in exam.problems],
                     "test_pictures_seen": seen,
                     **asdict(found),
                 },
@@ -110,7 +115,7 @@ class _Exam:
     ) -> None:  # fmt: skip
         self.frozen, self.features, self.accelerator = frozen, features, accelerator
         self.shots, self.linear, self.seed, self.workers = shots, linear, seed, workers
-        self.unreadable = 0
+        self.problems: list[Problem] = []
 
     def without_labels(self, shards: "ShardSet") -> "Probe":
         """The spectrum of a fixed choice of a split's pictures."""
@@ -158,11 +163,11 @@ class _Exam:
             self.frozen.model, self.features, builder, samples, self.accelerator, Compute(precision=_PRECISION),
             batch_size=_BATCH, workers=self.workers,
         )  # fmt: skip
-        self.unreadable += found.unreadable
+        self.problems += found.problems
         return found
 
 
-def _table(found: "Probe", features: str, unreadable: int) -> list[str]:
+def _table(found: "Probe", features: str, unreadable: "Sequence[Problem]") -> list[str]:
     rows = [(f"k-NN, k = {k}", accuracy, "") for k, accuracy in found.knn.items()]
     if found.linear is not None:
         edge = ", the end of the grid" if found.linear.lr_is_extreme else ""
@@ -180,7 +185,8 @@ def _table(found: "Probe", features: str, unreadable: int) -> list[str]:
             f"of {found.dimensions} dimensions{slope}"
         )
     if unreadable:
-        lines.append(f"{unreadable} pictures could not be read and are left out")
+        lines.append(f"{len(unreadable)} pictures could not be read and are left out; --out lists them, such as")
+        lines += [f"  {problem}" for problem in unreadable[:_SHOWN]]
     return lines
 
 

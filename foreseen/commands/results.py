@@ -46,20 +46,18 @@ def make_table(folders: list[Path]) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    import json
-
-    import yaml
-
+    from foreseen.config import read_yaml
     from foreseen.errors import BadInput
+    from foreseen.files import read_json
 
     try:
         return {
-            "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
-            "result": json.loads((folder / "result.json").read_text(encoding="utf-8")),
-            "lineage": json.loads((folder / "encoder" / "lineage.json").read_text(encoding="utf-8")),
-            "starts": json.loads((folder / "environment.json").read_text(encoding="utf-8"))["starts"],
+            "config": read_yaml(folder / "config.yaml"),
+            "result": read_json(folder / "result.json"),
+            "lineage": read_json(folder / "encoder" / "lineage.json"),
+            "starts": read_json(folder / "environment.json")["starts"],
         }
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder} is no finished fine-tuning run: {error}") from error
 
 

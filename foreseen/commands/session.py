@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 
 from foreseen.commands.progress import progress
-from foreseen.config import Config, Data
+from foreseen.config import Config, Data, read_yaml
 from foreseen.data.cache import Packed, cache_folder, lock_cache, packed
 from foreseen.data.open_set import Access, open_set
 from foreseen.data.open_source import SourceOptions, is_packed
@@ -64,7 +63,7 @@ def record_config(config: Config, accelerator: Accelerator) -> None:
     """
     file = config.run.dir / "config.yaml"
     if file.is_file() and any((config.run.dir / "checkpoints").glob("step-*")):
-        check_same_config(config, yaml.safe_load(file.read_text(encoding="utf-8")))
+        check_same_config(config, read_yaml(file))
     if accelerator.is_main_process:
         write_atomically(file, config.to_yaml())
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +10,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foreseen.errors import BadInput
+
+
+class Problem(NamedTuple):
+    """A sample that could not be read.
+
+    Attributes:
+        position: the place in the stream that it was wanted for; a substitute of it may be another problem there.
+        sample: its number in the set.
+        path, split, shard, key: where it lies; the set's folder, and names in it.
+        reason: in words.
+    """
+
+    position: int
+    sample: int
+    path: str
+    split: str
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        if self.shard and self.reason.startswith(self.shard):
+            return self.reason
+        return f"{self.shard}, key {self.key}: {self.reason}" if self.shard else f"{self.key}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -24,7 +49,7 @@ class Batch:
         label: [B] int64, -1 where a sample has none; None if not asked for.
         checksum: crc32 of all that a worker made of each sample, its crops, draws and label, [B] int64; None if not
             asked for.
-        problems: samples that could not be read, each with its reason, replaced by rule.
+        problems: samples that could not be read, replaced by rule.
     """
 
     position: Tensor
@@ -34,7 +59,7 @@ class Batch:
     draws: dict[str, Tensor] = field(default_factory=dict)
     label: Tensor | None = None
     checksum: Tensor | None = None
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:
         return len(self.position)

@@ -22,7 +22,7 @@ from foreseen.data.pack import Progress, pack
 from foreseen.data.source import Part, SourceSample, Splits
 from foreseen.data.subsets import cut_test
 from foreseen.errors import BadInput
-from foreseen.files import write_atomically
+from foreseen.files import read_json, write_atomically
 
 VALIDATION_NAMES = ("validation", "val", "valid")
 
@@ -81,7 +81,7 @@ def packed(
         with lock_cache(say):
             if not folder.is_dir():  # else another job has packed it meanwhile
                 _pack(src, source.name, source.read(), folder, test_fraction, say, progress)
-    found = json.loads((folder / _NOTES).read_text(encoding="utf-8"))
+    found = read_json(folder / _NOTES)
     return Packed(folder, tuple(found["notes"]), found["test_split"])
 
 

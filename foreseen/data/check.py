@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from foreseen.data.arrays import map_array
 from foreseen.data.check_shard import CheckedShard, CheckJob, check_shard
 from foreseen.data.manifest import WORK_PREFIX, Manifest, Split, read_manifest, write_manifest
 from foreseen.data.parallel import count_cpus, map_in_processes
 from foreseen.data.publish import lock_folder, save_array
-from foreseen.data.shards import INDEX_ROW, TAR_BLOCK, index_digest, map_array
+from foreseen.data.shards import INDEX_ROW, TAR_BLOCK, index_digest
 from foreseen.data.tar_labels import LabelRule
 from foreseen.data.tar_samples import Fault, count_up
 from foreseen.errors import BadInput

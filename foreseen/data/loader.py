@@ -13,20 +13,24 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.context import BaseContext
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from foreseen.data.batch import Batch, BatchLayout
-from foreseen.data.decode import DecodeError, decode
+from foreseen.config import Config
+from foreseen.data.batch import Batch, BatchLayout, Problem
+from foreseen.data.decode import MAX_PIXELS, decode
 from foreseen.data.order import BlockOrder, Order, SampleOrder
 from foreseen.data.shards import CorruptSample, ShardSet
+from foreseen.data.store import MAX_BYTES
 from foreseen.data.views import Request, ViewCutter
 from foreseen.device_keys import as_tensor
 from foreseen.errors import BadInput
 from foreseen.keys import Keys, sample_keys, stream_constant, subkeys, uniform
+from foreseen.printable import printable
 from foreseen.processes import exit_with_the_parent
 
 _SIGNALS_TO_RANKS = (signal.SIGTERM, signal.SIGUSR1)  # a rank is told to stop by these, never a worker
@@ -43,11 +47,13 @@ class BatchBuilder:
         fast_decode: use torchcodec for the JPEGs that it is safe for, where it is installed.
         block_shards: shards that the order takes its samples from at a time; None for all.
         checksums: take a checksum of all that is made of each sample.
+        max_pixels, max_bytes: of one picture; larger ones are unreadable, by their headers.
     """
 
     def __init__(
         self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True,
-        block_shards: int | None = None, checksums: bool = False,
+        block_shards: int | None = None, checksums: bool = False, max_pixels: int = MAX_PIXELS,
+        max_bytes: int = MAX_BYTES,
     ) -> None:  # fmt: skip
         if request.labels and shards.labels is None:
             raise BadInput(
@@ -59,6 +65,16 @@ class BatchBuilder:
         self.fast_decode = fast_decode
         self.block_shards = block_shards
         self.checksums = checksums
+        self.max_pixels, self.max_bytes = max_pixels, max_bytes
+
+    @classmethod
+    def configured(cls, shards: ShardSet, request: Request, config: Config) -> Self:
+        """With the seed, the order and the limits of a config."""
+        data = config.data
+        return cls(
+            shards, request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block,
+            checksums=config.run.ledger == "pixels", max_pixels=data.max_pixels, max_bytes=data.max_bytes,
+        )  # fmt: skip
 
     def feed(
         self, layout: BatchLayout, rank: int, subset: NDArray[np.int64] | None = None
@@ -76,8 +92,8 @@ class BatchBuilder:
         """
         keys = sample_keys(self.seed, positions)
         used = samples.copy()
-        problems: list[str] = []
-        images = self._readable_images(used, keys, pool, problems)
+        problems: list[Problem] = []
+        images = self._readable_images(positions, used, keys, pool, problems)
         batch = assemble(self.request, self.seed, positions, images)
         label = None
         if self.request.labels and self.shards.labels is not None:
@@ -86,39 +102,41 @@ class BatchBuilder:
         return replace(batch, checksum=_checksums(batch)) if self.checksums else batch
 
     def _readable_images(
-        self, used: NDArray[np.int64], keys: Keys, pool: NDArray[np.int64] | None, problems: list[str]
-    ) -> Iterator[NDArray[np.uint8]]:
+        self, positions: NDArray[np.int64], used: NDArray[np.int64], keys: Keys, pool: NDArray[np.int64] | None,
+        problems: list[Problem],
+    ) -> Iterator[NDArray[np.uint8]]:  # fmt: skip
         """The picture of each sample of `used`; what cannot be read is replaced, there too."""
-        for row, data in enumerate(self.shards.read_many(used.tolist())):
-            image, problem = self._decode(int(used[row]), data)
+        for row, data in enumerate(self.shards.read_many(used.tolist(), max_bytes=self.max_bytes)):
+            image = self._decode(int(positions[row]), int(used[row]), data, problems)
             if image is None:
-                problems.append(problem)
-                image, used[row] = self._substitute(keys[row : row + 1], pool, problems)
+                image, used[row] = self._substitute(int(positions[row]), keys[row : row + 1], pool, problems)
             yield image
 
-    def _decode(self, sample: int, data: bytes | CorruptSample | OSError) -> tuple[NDArray[np.uint8] | None, str]:
-        """The pixels of a sample, or what is wrong with it."""
+    def _decode(
+        self, position: int, sample: int, data: bytes | CorruptSample | OSError, problems: list[Problem]
+    ) -> NDArray[np.uint8] | None:
+        """The pixels of a sample; None where that cannot be had, and why is a problem."""
         try:
-            if isinstance(data, bytes):
-                return decode(data, fast=self.fast_decode), ""
-            raise data
-        except (DecodeError, OSError) as error:
-            return None, f"{self.shards.describe(sample)}: {error}"
-        except CorruptSample as error:  # it names the sample itself
-            return None, str(error)
+            if not isinstance(data, bytes):
+                raise data
+            return decode(data, max_pixels=self.max_pixels, max_bytes=self.max_bytes, fast=self.fast_decode)
+        except (CorruptSample, OSError) as error:
+            shard, key = self.shards.shard_and_key(sample)
+            reason = printable(str(error))
+            problems.append(Problem(position, sample, self.shards.place, self.shards.split, shard, key, reason))
+            return None
 
     def _substitute(
-        self, key: Keys, pool: NDArray[np.int64] | None, problems: list[str]
+        self, position: int, key: Keys, pool: NDArray[np.int64] | None, problems: list[Problem]
     ) -> tuple[NDArray[np.uint8], int]:
         for attempt in range(_SUBSTITUTES):
             # A function of the key and the attempt, so that every run replaces alike and no other sample moves.
             draw = float(uniform(subkeys(key, f"substitute/{attempt}"), "sample", 1)[0, 0])
             choices = len(self.shards) if pool is None else len(pool)
             sample = int(draw * choices) if pool is None else int(pool[int(draw * choices)])
-            image, problem = self._decode(sample, next(self.shards.read_many([sample])))
-            if image is not None:
+            data = next(self.shards.read_many([sample], max_bytes=self.max_bytes))
+            if (image := self._decode(position, sample, data, problems)) is not None:
                 return image, sample
-            problems.append(problem)
         raise BadInput(
             f"{_SUBSTITUTES + 1} samples in a row of {self.shards.place} could not be read, the last: {problems[-1]}; "
             "the set is damaged, pack it again"

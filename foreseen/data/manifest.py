@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from foreseen import __version__
 from foreseen.errors import BadInput
-from foreseen.files import write_atomically
+from foreseen.files import MAX_JSON_BYTES, parse_json, read_text, write_atomically
 
 FORMAT, VERSION = "foreseen-shards", 1
 FILE_NAME = "manifest.json"
@@ -81,20 +81,20 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / FILE_NAME
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, max_bytes=MAX_JSON_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(_why_no_manifest(folder)) from None
     except UnicodeDecodeError:
         raise BadInput(f"{file} is not text: pack the set again") from None
     try:
-        found = json.loads(text)
+        found = parse_json(text)
         if found["format"] != FORMAT:
             raise ValueError(f"format is {found['format']!r}, not {FORMAT!r}")
         if found["version"] != VERSION:
             raise ValueError(f"version is {found['version']!r}, and this foreseen reads {VERSION}")
         classes = None if found["classes"] is None else tuple(str(name) for name in found["classes"])
         return Manifest({str(name): _parse_split(split) for name, split in found["splits"].items()}, classes)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise BadInput(f"{file} cannot be used: {reason}") from None
 
@@ -112,13 +112,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _parse_split(found: dict[str, Any]) -> Split:
     shards = tuple(Shard(shard["name"], shard["samples"], shard["bytes"]) for shard in found["shards"])
-    if not all(isinstance(shard.samples, int) and isinstance(shard.bytes, int) for shard in shards):
-        raise ValueError("a shard's samples and bytes must be whole numbers")
+    if not all(_is_count(shard.samples) and _is_count(shard.bytes) for shard in shards):
+        raise ValueError("a shard's samples and bytes must be whole numbers below 2^63, none of them negative")
     if (total := sum(shard.samples for shard in shards)) != found["samples"]:
         raise ValueError(f"samples is {found['samples']}, but its shards hold {total}")
-    names = [shard.name for shard in shards] + [found["index"]] + ([found["labels"]] if found["labels"] else [])
+    names = [shard.name for shard in shards] + [found["index"]] + ([] if found["labels"] is None else [found["labels"]])
     for name in names:
-        if not isinstance(name, str) or not name or "/" in name or "\\" in name or name.startswith("."):
+        if not isinstance(name, str) or not name or set(name) & set("/\\\0") or name.startswith("."):
             raise ValueError(f"{name!r} is not the name of a file beside it")
     return Split(
         samples=total,
@@ -134,6 +134,10 @@ def _parse_split(found: dict[str, Any]) -> Split:
         plan=found["plan"],
         first_digest=found.get("first_digest"),
     )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _parse_statistic(found: list[float] | None) -> tuple[float, ...] | None:

@@ -11,8 +11,8 @@ from foreseen.data.manifest import Manifest, read_manifest
 from foreseen.data.open_source import SourceOptions, is_packed, open_source
 from foreseen.data.shards import ShardSet
 from foreseen.data.source import SourceSample
-from foreseen.data.write_shard import printable
 from foreseen.errors import BadInput
+from foreseen.printable import printable
 
 
 class Pictures(Protocol):

@@ -31,7 +31,7 @@ from foreseen.data.manifest import (
 from foreseen.data.shards import INDEX_ROW, index_digest
 from foreseen.data.write_shard import ShardResult, done_file
 from foreseen.errors import BadInput
-from foreseen.files import sync, write_atomically
+from foreseen.files import read_json, sync, write_atomically
 
 _LOCK = ".packing.lock"
 
@@ -111,7 +111,7 @@ def begin(out: Path, plan: Plan, manifest: Manifest) -> Path:
     """
     work = out / f"{WORK_PREFIX}{plan.split}"
     plan_file = work / "plan.json"
-    if plan_file.exists() and (found := json.loads(plan_file.read_text())) != asdict(plan):
+    if plan_file.exists() and (found := read_json(plan_file)) != asdict(plan):
         published = manifest.splits.get(plan.split)
         if published is None or published.plan != found:  # else it was killed after its last act, and left only litter
             raise BadInput(

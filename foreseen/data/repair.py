@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from foreseen.data.arrays import map_array
 from foreseen.data.manifest import FILE_NAME, Manifest, Split, read_manifest
 from foreseen.data.pack import Progress, Summary, pack
-from foreseen.data.shards import INDEX_ROW, TAR_BLOCK, map_array
+from foreseen.data.shards import INDEX_ROW, TAR_BLOCK
 from foreseen.data.source import SourceSample
 from foreseen.data.tar_labels import LabelRule, number_texts
 from foreseen.data.tar_samples import TarSamples, count_up

@@ -22,15 +22,19 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from foreseen.data.arrays import map_array
 from foreseen.data.manifest import Split, read_manifest
 from foreseen.data.store import MAX_BYTES, LocalStore, Piece, Store
 from foreseen.errors import BadInput
+from foreseen.files import parse_json
+from foreseen.printable import printable
 
 # Offsets in a tar are multiples of 512, so 32 bits of them reach 2 TB; crc32 0 means not known.
 INDEX_ROW = np.dtype([("offset_512", "<u4"), ("size", "<u4"), ("crc32", "<u4")])
 TAR_BLOCK = 512
 _FACTS_READ = 4096  # header and json of a sample, mostly
 _MAX_FACTS = 1 << 20
+_MOST_CLASSES = 1_000_000  # a classifier of as many is larger than most backbones
 
 
 class CorruptSample(ValueError):
@@ -106,10 +110,16 @@ class ShardSet:
 
     @property
     def num_classes(self) -> int:
-        """Classes that the labels count: those with a name, or up to the largest label."""
-        if self.classes:
-            return len(self.classes)
-        return 0 if self.labels is None or not len(self.labels) else int(self.labels.max()) + 1
+        """Classes that the labels count: those with a name, or up to the largest label. Reads all of them."""
+        largest = -1 if self.labels is None or not len(self.labels) else int(self.labels.max())
+        most = len(self.classes) if self.classes else _MOST_CLASSES
+        if largest >= most:
+            raise BadInput(
+                f"split {self.split!r} of {self.path} has the label {largest:,}, and labels below {most:,} are what "
+                + ("its classes have names for" if self.classes else "is believed")
+                + ": pack the set again"
+            )
+        return most if self.classes else largest + 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker maps the files itself: sending the object must not send a gigabyte of index.
@@ -128,28 +138,34 @@ class ShardSet:
     def shard_bytes(self) -> list[int]:
         return [shard.bytes for shard in self._shards]
 
-    def read(self, sample: int) -> bytes:
+    def read(self, sample: int, *, max_bytes: int = MAX_BYTES) -> bytes:
         """The encoded picture of one sample, in [0, len).
 
         Its checksum is compared, which costs under 2 % of decoding it: nothing else notices a flipped bit.
 
+        Args:
+            sample: its number.
+            max_bytes: of a picture that the index says is longer nothing is read.
+
         Raises:
             IndexError: there is no such sample.
-            CorruptSample: the bytes differ from those packed, or the shard ends before them.
+            CorruptSample: the bytes differ from those packed, the shard ends before them, or they are too many.
             BadInput: the shard has gone, or is another one than was packed.
         """
-        name, size, at, crc32 = self._locate(sample)
+        name, size, at, crc32 = self._locate(sample, max_bytes)
         data = self.store.pread(name, size, at)
         if len(data) != size or (crc32 and zlib.crc32(data) != crc32):
             return self._read_again(sample)
         return data
 
-    def read_many(self, samples: Sequence[int]) -> Iterator[bytes | CorruptSample | OSError]:
+    def read_many(
+        self, samples: Sequence[int], *, max_bytes: int = MAX_BYTES
+    ) -> Iterator[bytes | CorruptSample | OSError]:
         """The same of many samples, in their order; what would be raised of a single one stands in its place.
 
         Where each read waits for a server, they wait together.
         """
-        located = [self._locate_or_error(sample) for sample in samples]
+        located = [self._locate_or_error(sample, max_bytes) for sample in samples]
         answers = self.store.read_many([Piece(*where[:3]) for where in located if not isinstance(where, CorruptSample)])
         for sample, where in zip(samples, located, strict=True):
             if isinstance(where, CorruptSample):
@@ -195,22 +211,27 @@ class ShardSet:
         if (end := TAR_BLOCK + int(length, 8)) > len(head):
             head = self.store.pread(shard, min(end, _MAX_FACTS), at)
         try:
-            found = json.loads(head[TAR_BLOCK:end])
+            found = parse_json(head[TAR_BLOCK:end])
         except ValueError:  # cut off, or made by others
             return {}
         return found if isinstance(found, dict) else {}
 
     def describe(self, sample: int) -> str:
         """Name a sample for a message: `train-000003.tar: sample 17 (key 000003017)`."""
+        shard, key = self.shard_and_key(sample)
+        text = f"{shard}: sample {sample - self._starts[self._shard_of(sample)]}"
+        return f"{text} (key {key})" if key else text
+
+    def shard_and_key(self, sample: int) -> tuple[str, str]:
+        """The file name of a sample's shard and its key there, fit to be shown; no key where none can be read."""
         shard = self._shard_of(sample)
-        text = f"{self._shards[shard].name}: sample {sample - self._starts[shard]}"
+        name = printable(self._shards[shard].name)
         header_at = (int(self._index[sample]["offset_512"]) - 1) * TAR_BLOCK
         try:
             header = self.store.pread(self._shards[shard].name, TAR_BLOCK, header_at)
-        except (OSError, BadInput):  # a message is made where something has already gone wrong
-            return text
-        key = header[:100].split(b"\0")[0].decode(errors="replace").split(".")[0]
-        return f"{text} (key {key})" if key else text
+        except (OSError, BadInput):  # it is asked for where something has already gone wrong
+            return name, ""
+        return name, printable(header[:100].split(b"\0")[0].decode(errors="replace").split(".")[0])
 
     def check_sizes(self) -> None:
         """Compare the shards with the manifest: a stat each, no reading; of very many behind a URL only some.
@@ -238,20 +259,17 @@ class ShardSet:
             raise IndexError(f"sample {sample} is not in [0, {len(self)}) of {self.place} {self.split}")
         return bisect_right(self._starts, sample) - 1
 
-    def _locate(self, sample: int) -> tuple[str, int, int, int]:
+    def _locate(self, sample: int, max_bytes: int = MAX_BYTES) -> tuple[str, int, int, int]:
         """Shard, size, offset and checksum of a sample's picture; refused if no picture is so large."""
         shard = self._shard_of(sample)
         offset_512, size, crc32 = self._index[sample].item()
-        if size > MAX_BYTES:
-            raise CorruptSample(
-                f"{self._shards[shard].name}: sample {sample - self._starts[shard]} has {size:,} bytes by the index, "
-                f"more than the {MAX_BYTES:,} allowed"
-            )
+        if size > max_bytes:
+            raise CorruptSample(f"{self.describe(sample)} has {size:,} bytes, more than the {max_bytes:,} allowed")
         return self._shards[shard].name, size, offset_512 * TAR_BLOCK, crc32
 
-    def _locate_or_error(self, sample: int) -> tuple[str, int, int, int] | CorruptSample:
+    def _locate_or_error(self, sample: int, max_bytes: int) -> tuple[str, int, int, int] | CorruptSample:
         try:
-            return self._locate(sample)
+            return self._locate(sample, max_bytes)
         except CorruptSample as error:
             return error
 
@@ -295,20 +313,3 @@ def _fingerprint(entry: Split) -> str:
     digest = hashlib.blake2b((entry.first_digest or entry.index_digest).encode(), digest_size=16)
     digest.update("".join(f"\n{name} {samples} {size}" for name, samples, size in entry.shards).encode())
     return digest.hexdigest()
-
-
-def map_array(file: Path, dtype: np.dtype[Any], rows: int) -> NDArray[Any]:
-    """Map a `.npy` of a known type and length into memory.
-
-    Raises:
-        BadInput: it is missing, broken, or holds something else.
-    """
-    try:
-        array = np.load(file, mmap_mode="r" if rows else None, allow_pickle=False)
-    except FileNotFoundError:
-        raise BadInput(f"{file} is missing: copy or pack the set again") from None
-    except (ValueError, EOFError) as error:
-        raise BadInput(f"{file} cannot be read ({error}): copy or pack the set again") from None
-    if array.dtype != dtype or array.shape != (rows,):
-        raise BadInput(f"{file} holds {array.dtype}{array.shape} where the manifest promises {rows:,} rows of {dtype}")
-    return np.asarray(array)  # the plain view of the same pages: indexing a memmap object is five times as slow

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from foreseen.data.shards import CorruptSample
 from foreseen.errors import BadInput
+from foreseen.files import open_regular
 
 IMAGE_SUFFIXES = frozenset(
     # What `decode` reads.
@@ -51,8 +52,14 @@ class Blob:
 
     def read(self) -> bytes:
         """The bytes; fewer than `size` if the file has shrunk meanwhile."""
-        with open(self.path, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), self.size, self.offset)
+        try:
+            descriptor = open_regular(self.path)
+        except BadInput as error:  # it has become something else since it was listed
+            raise CorruptSample(str(error)) from None
+        try:
+            return os.pread(descriptor, self.size, self.offset)
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import braceexpand
 import numpy as np
@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
+from foreseen.config import Config
 from foreseen.data import network_faults
-from foreseen.data.batch import Batch, BatchLayout
-from foreseen.data.decode import DecodeError, decode
+from foreseen.data.batch import Batch, BatchLayout, Problem
+from foreseen.data.decode import MAX_PIXELS, DecodeError, decode
 from foreseen.data.loader import assemble, load
 from foreseen.data.network_faults import may_pass, refusal
 from foreseen.data.source import IMAGE_SUFFIXES
@@ -34,6 +35,7 @@ from foreseen.data.urls import SHELL, check_url
 from foreseen.data.views import Request
 from foreseen.errors import BadInput
 from foreseen.masked import masked
+from foreseen.printable import printable
 
 _BETWEEN_MEMBERS = 1 << 20  # bytes of headers before a member, with the longest names
 _BUFFER_BYTES = 1 << 30  # of pictures to draw from, in each loader process
@@ -116,18 +118,30 @@ class StreamBuilder:
         seed: of the run.
         fast_decode: use torchcodec for the JPEGs that it is safe for, where it is installed.
         shuffle_buffer: pictures from which each loader process draws the next one.
+        max_pixels, max_bytes: of one picture; larger ones are unreadable.
 
     Raises:
         BadInput: the objective wants labels.
     """
 
     def __init__(
-        self, shards: TarStream, request: Request, seed: int, *, fast_decode: bool = True, shuffle_buffer: int = 1000
+        self, shards: TarStream, request: Request, seed: int, *, fast_decode: bool = True, shuffle_buffer: int = 1000,
+        max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES,
     ) -> None:  # fmt: skip
         if request.labels:
             raise BadInput(f"data.path {shards.place} is a stream, which has no labels, and this job needs them")
         self.shards, self.request, self.seed = shards, request, seed
         self.fast_decode, self.shuffle_buffer = fast_decode, shuffle_buffer
+        self.max_pixels, self.max_bytes = max_pixels, max_bytes
+
+    @classmethod
+    def configured(cls, shards: TarStream, request: Request, config: Config) -> Self:
+        """With the seed and the limits of a config."""
+        data = config.data
+        return cls(
+            shards, request, config.seed, fast_decode=data.fast_decode, shuffle_buffer=data.shuffle_buffer,
+            max_pixels=data.max_pixels, max_bytes=data.max_bytes,
+        )  # fmt: skip
 
     def feed(self, layout: BatchLayout, rank: int, subset: NDArray[np.int64] | None = None) -> "StreamFeed":
         """The stream of a rank.
@@ -146,18 +160,24 @@ class StreamBuilder:
 
     def build(self, positions: NDArray[np.int64], pictures: Iterator[Picture]) -> Batch:
         """Make the batch standing at `positions` from the next pictures that can be decoded."""
-        problems: list[str] = []
-        batch = assemble(self.request, self.seed, positions, self._decoded(pictures, problems))
+        problems: list[Problem] = []
+        batch = assemble(self.request, self.seed, positions, self._decoded(positions, pictures, problems))
         return replace(batch, problems=tuple(problems))
 
-    def _decoded(self, pictures: Iterator[Picture], problems: list[str]) -> Iterator[NDArray[np.uint8]]:
-        in_a_row = 0
+    def _decoded(
+        self, positions: NDArray[np.int64], pictures: Iterator[Picture], problems: list[Problem]
+    ) -> Iterator[NDArray[np.uint8]]:
+        places = iter(positions.tolist())
+        place, in_a_row = next(places), 0
         for name, data in pictures:
             try:
-                yield decode(data, fast=self.fast_decode)
-                in_a_row = 0
+                yield decode(data, max_pixels=self.max_pixels, max_bytes=self.max_bytes, fast=self.fast_decode)
+                place, in_a_row = next(places, place), 0
             except DecodeError as error:
-                problems.append(f"{name}: {error}")
+                name, reason = printable(name), printable(str(error))
+                # Pictures of a stream have no numbers: their name stands for one.
+                number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+                problems.append(Problem(place, number, self.shards.place, self.shards.split, "", name, reason))
                 in_a_row += 1
                 if in_a_row == _BAD_IN_A_ROW:
                     raise BadInput(

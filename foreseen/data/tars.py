@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from foreseen.errors import BadInput
+from foreseen.files import open_regular
 
 _BLOCK = 512
 _HEADER = struct.Struct("100s 24x 12s 20x B 100x 6s 82x 155s 12x")  # name, size, kind, magic, prefix (POSIX ustar)
@@ -83,7 +84,7 @@ def read_tar(file: Path, *, salvage: bool = False) -> Tar:
         BadInput: it is missing, a folder, or compressed.
     """
     try:
-        with open(file, "rb", buffering=0) as tar:
+        with os.fdopen(open_regular(file), "rb", buffering=0) as tar:
             if (compression := compression_of(tar.read(_BLOCK))) is not None:
                 reason = f"{file} is compressed ({compression}), and its members cannot be reached singly"
                 raise BadInput(f"{reason}: unpack it, or pack it with `foreseen data pack {file} OUT`")

@@ -27,7 +27,8 @@ from foreseen.data.shards import TAR_BLOCK, CorruptSample
 from foreseen.data.source import Box, Encoded, SourceSample
 from foreseen.data.store import MAX_BYTES
 from foreseen.data.tars import scan_tar
-from foreseen.files import write_atomically
+from foreseen.files import read_json, write_atomically
+from foreseen.printable import printable
 
 _STATISTICS_GRID = 64  # pixels a side, about: the mean over many pictures needs no more of each
 _PILLOW_NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -74,7 +75,7 @@ class ShardResult:
     @classmethod
     def read(cls, shard: Path) -> "ShardResult":
         """The result of a shard that was finished earlier."""
-        return cls(**json.loads(done_file(shard).read_text()))
+        return cls(**read_json(done_file(shard)))
 
 
 def done_file(shard: Path) -> Path:
@@ -93,7 +94,7 @@ def write_shard(job: ShardJob) -> ShardResult:
                 try:
                     members, means = _make_members(sample, job, result)
                 except (CorruptSample, OSError) as error:
-                    result.unreadable.append((printable(sample.name), str(error)))
+                    result.unreadable.append((printable(sample.name), printable(str(error))))
                     continue
                 for extension, data in members.items():
                     _add(tar, f"{job.first_key + number:09d}.{extension}", data)
@@ -109,12 +110,6 @@ def write_shard(job: ShardJob) -> ShardResult:
     os.replace(part, job.file)
     write_atomically(done_file(job.file), json.dumps(asdict(result)).encode())
     return result
-
-
-def printable(name: str) -> str:
-    """A file name as text: bytes that are not UTF-8 become the replacement character, line ends are escaped."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
 def _make_members(

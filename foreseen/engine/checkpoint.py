@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foreseen.errors import BadInput
-from foreseen.files import sync, write_atomically
+from foreseen.files import open_regular, read_json, sync, write_atomically
 
 _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)")
+_FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -136,25 +137,38 @@ class Checkpoints:
         """What is wrong with a checkpoint, or None."""
         folder = self.folder / f"step-{step}"
         try:
-            files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+            files = read_json(folder / "manifest.json")["files"]
+            if missing := _FILES - files.keys():
+                return f"its manifest does not name {min(missing)}"
             for name, expected in files.items():
+                if "/" in name or name.startswith("."):
+                    return f"its manifest names {name!r}, which is no file of a checkpoint"
                 if _digest(folder / name) != expected:
                     return f"{name} does not match its checksum"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return str(error)
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """Read the checkpoint of a step, onto the CPU."""
+        """Read the checkpoint of a step, onto the CPU.
+
+        Raises:
+            BadInput: its files are not what their checksums promised, or somebody made others of both.
+        """
         folder = self.folder / f"step-{step}"
         average = folder / "average.safetensors"
-        return Checkpoint(
-            step=step,
-            model=load_file(folder / "model.safetensors"),
-            optimizer=load_file(folder / "optimizer.safetensors"),
-            state=json.loads((folder / "state.json").read_text(encoding="utf-8")),
-            average=load_file(average) if average.is_file() else None,
-        )
+        try:
+            return Checkpoint(
+                step=step,
+                model=load_file(folder / "model.safetensors"),
+                optimizer=load_file(folder / "optimizer.safetensors"),
+                state=read_json(folder / "state.json"),
+                average=load_file(average) if average.is_file() else None,
+            )
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise BadInput(
+                f"the checkpoint {folder} cannot be read: {error}; delete it to go on from another"
+            ) from None
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -162,8 +176,11 @@ class Checkpoints:
         path = self.folder / "best.json"
         if not path.is_file():
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return int(content["step"]), float(content["score"])
+        content = read_json(path)
+        try:
+            return int(content["step"]), float(content["score"])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise BadInput(f"{path} is not what was written: delete it, and the best is chosen anew") from None
 
     def mark_best(self, step: int, score: float) -> None:
         """Keep the checkpoint of a step whatever comes after."""
@@ -200,5 +217,5 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,7 @@ import torch
 from accelerate import Accelerator
 
 from foreseen.config import Compute
+from foreseen.data.batch import Problem
 from foreseen.data.loader import SweepDataset, load
 from foreseen.data.views import finish
 from foreseen.engine.launch import autocast, image_dtype
@@ -12,7 +13,8 @@ from foreseen.errors import BadInput
 
 
 def evaluate(
-    objective: Objective, sweep: SweepDataset, accelerator: Accelerator, compute: Compute, *, workers: int
+    objective: Objective, sweep: SweepDataset, accelerator: Accelerator, compute: Compute, *, workers: int,
+    problems: list[Problem] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Mean of each number that `objective.evaluate` sums, over all samples of all ranks, and their "count".
 
@@ -24,6 +26,7 @@ def evaluate(
         accelerator: gives the device.
         compute: the config's section, for the precision.
         workers: loader processes.
+        problems: takes in what this rank could not read.
     """
     request = objective.evaluation_request()
     was_training = objective.training
@@ -31,6 +34,8 @@ def evaluate(
     sums: dict[str, torch.Tensor] = {}
     with torch.no_grad(), autocast(accelerator, compute):
         for batch in load(sweep, range(len(sweep)), workers=workers, pin_memory=accelerator.device.type == "cuda"):
+            if problems is not None:
+                problems.extend(batch.problems)
             numbers = objective.evaluate(finish(batch, request, accelerator.device, image_dtype(compute)))
             for name, value in {**numbers, "unreadable": torch.tensor(len(batch.problems))}.items():
                 zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from foreseen.config import Compute
+from foreseen.data.batch import Problem
 from foreseen.data.loader import BatchBuilder, SweepDataset, load
 from foreseen.data.order import Order
 from foreseen.data.views import finish
 from foreseen.engine.labelled import Labelled
 from foreseen.engine.launch import autocast, image_dtype
 from foreseen.engine.objective import all_reduce_sum
+from foreseen.engine.unreadable import gather_problems
 from foreseen.models.features import Features, pooled_features
 
 Samples = NDArray[np.int64]
@@ -33,11 +35,13 @@ class Extracted:
         features: [M, D] in float32 at least, on the device.
         samples: the number of each in its set, rising, [M].
         unreadable: N - M.
+        problems: what could not be read, and why.
     """
 
     features: Tensor
     samples: Samples
     unreadable: int
+    problems: tuple[Problem, ...] = ()
 
     def labelled(self, chosen: Samples, labels: NDArray[np.integer]) -> Labelled:
         """The features of those of some samples that could be read, with their labels.
@@ -92,7 +96,10 @@ def extract(
         width = pooled(torch.zeros(1, 3, *view.size, dtype=dtype, device=device)).shape[1]
         # The last column says who is there. Rows of other ranks and of unreadable samples stay 0, so a sum gathers all.
         table = torch.zeros(len(samples), width + 1, dtype=dtype, device=device)
+        problems: list[Problem] = []
         for batch in load(sweep, range(len(sweep)), workers=workers, pin_memory=device.type == "cuda"):
+            # A sweep's positions are sample numbers: another number was but a substitute.
+            problems.extend(problem for problem in batch.problems if problem.sample == problem.position)
             readable = (batch.sample == batch.position).numpy()  # a substitute stands for another picture
             rows = np.searchsorted(samples, batch.position.numpy()[readable])
             found = pooled(finish(batch, builder.request, device, dtype).images[view.name])[torch.from_numpy(readable)]
@@ -101,7 +108,8 @@ def extract(
     table = all_reduce_sum(table)
     read = (table[:, -1] > 0).cpu()
     kept = samples[read.numpy()]
-    return Extracted(table[read.to(device), :-1], kept, unreadable=len(samples) - len(kept))
+    missing = tuple(gather_problems(problems, accelerator))
+    return Extracted(table[read.to(device), :-1], kept, len(samples) - len(kept), missing)
 
 
 @contextmanager

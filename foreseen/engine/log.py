@@ -21,7 +21,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from foreseen.engine.objective import all_reduce_sum
-from foreseen.files import write_atomically
+from foreseen.files import parse_json, write_atomically
+from foreseen.printable import printable
 
 
 class Meter:
@@ -110,10 +111,11 @@ class RunLog:
                 self._writer.add_image(name, make_grid(images.cpu(), nrow=columns), step)
 
     def say(self, text: str) -> None:
-        """Tell a person."""
+        """Tell a person; names in the text may be anybody's."""
         if self._speaks:
+            text = printable(text, keep="\n")
             if self._bar is not None:
-                self._bar.console.print(text, highlight=False)
+                self._bar.console.print(text, highlight=False, markup=False)
             else:
                 print(text, flush=True)
 
@@ -159,8 +161,8 @@ def _drop_lines_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if parse_json(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue  # the line that a kill cut short
     write_atomically(path, "".join(f"{line}\n" for line in kept))

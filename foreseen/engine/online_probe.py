@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from foreseen import config
+from foreseen.data.batch import Problem
 from foreseen.data.loader import BatchBuilder
 from foreseen.data.shards import ShardSet
 from foreseen.data.subsets import Subsets, labelled_subsets
-from foreseen.data.views import Request, View
 from foreseen.engine.extract import Extracted, Samples, choose, extract
 from foreseen.engine.probe import Exam, probe
 from foreseen.engine.verdict import verdict
@@ -31,21 +31,19 @@ class OnlineProbe:
 
     Args:
         options: the config's section, with `every`.
-        shards: what is looked at.
-        view: the encoder's own preprocessing.
-        has_labels: judge by the labels of `shards`; else by the spectrum alone.
+        builder: of what is looked at, with one view: the encoder's own preprocessing.
+        has_labels: judge by the labels of its shards; else by the spectrum alone.
         seed: chooses the pictures and the cut.
 
     Raises:
         BadInput: there are no labels to judge by, or too few.
     """
 
-    def __init__(
-        self, options: config.Probe, shards: ShardSet, view: View, *, has_labels: bool, seed: int, fast_decode: bool
-    ) -> None:  # fmt: skip
+    def __init__(self, options: config.Probe, builder: BatchBuilder, *, has_labels: bool, seed: int) -> None:
         self._options = options
         self._seed = seed
-        self._builder = BatchBuilder(shards, Request(views=(view,)), seed, fast_decode=fast_decode)
+        self._builder = builder
+        shards = builder.shards
         self._every = options.every or 0
         self._history: dict[int, dict[str, float]] = {}
         self._began, self._spent_s = time.perf_counter(), 0.0
@@ -80,11 +78,11 @@ class OnlineProbe:
     def run(
         self, step: int, encoder: nn.Module, accelerator: Accelerator, compute: config.Compute, *, batch_size: int,
         workers: int,
-    ) -> tuple[dict[str, float], str]:  # fmt: skip
+    ) -> tuple[dict[str, float], str, tuple[Problem, ...]]:  # fmt: skip
         """Judge the encoder as it is after `step` updates; it is left as it was.
 
         Returns:
-            The numbers to log, and the sentence.
+            The numbers to log, the sentence, and what of the pictures could not be read.
         """
         began = time.perf_counter()
         features = self._options.features or default_features(encoder)
@@ -102,7 +100,7 @@ class OnlineProbe:
         values |= {f"{_PREFIX}seconds": seconds, f"{_PREFIX}time_share": share}
         spent = f", {share:.1%} of the time so far" if step else ""
         numbers = "  ".join(f"{_PREFIX}{name} {value:.3g}" for name, value in found.values().items())
-        return values, f"step {step}  {numbers}  ({seconds:.1f} s{spent})\n  {sentence}"
+        return values, f"step {step}  {numbers}  ({seconds:.1f} s{spent})\n  {sentence}", extracted.problems
 
     def _exam(self, extracted: Extracted) -> Exam | None:
         shards, options = self._builder.shards, self._options

@@ -110,7 +110,7 @@ def _name(parent: Mapping[str, Any]) -> str:
     return f"{parent['source']} (sha256 {checksum[:8]}…)" if checksum else str(parent["source"])
 
 
-def check_same_config(config: Config, then: dict[str, Any]) -> None:
+def check_same_config(config: Config, then: Any) -> None:
     """Refuse a run folder that a job with another result was begun in.
 
     Args:
@@ -120,6 +120,8 @@ def check_same_config(config: Config, then: dict[str, Any]) -> None:
     Raises:
         BadInput: names the keys that differ.
     """
+    if not isinstance(then, dict):
+        raise BadInput(f"run.dir {config.run.dir} holds no config that was written there; take another run.dir")
     before, now = _flat(then), _flat(config.public())
     keys = sorted(before.keys() | now.keys())
     changed = [key for key in keys if not _is_free(key) and before.get(key) != now.get(key)]

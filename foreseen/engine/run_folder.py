@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from foreseen.errors import BadInput
-from foreseen.files import write_atomically
+from foreseen.files import read_json, write_atomically
 from foreseen.masked import masked_argument
 
 PREEMPTED = "PREEMPTED"
@@ -108,9 +108,16 @@ def describe_start(devices: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_start(folder: Path, start: Mapping[str, Any]) -> None:
-    """Add a start to environment.json."""
+    """Add a start to environment.json.
+
+    Raises:
+        BadInput: it holds something else.
+    """
     path = folder / "environment.json"
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    try:
+        starts = list(read_json(path)["starts"]) if path.is_file() else []
+    except (KeyError, TypeError):
+        raise BadInput(f"{path} is not what was written: move it away") from None
     write_atomically(path, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
 
 

@@ -7,7 +7,7 @@ not finite, `after_step`. The host reads nothing from the device but when it log
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from foreseen.config import Config
-from foreseen.data.batch import Batch, BatchLayout
+from foreseen.data.batch import Batch, BatchLayout, Problem
 from foreseen.data.feed import Feeder
 from foreseen.data.loader import SweepDataset
 from foreseen.data.views import finish
@@ -36,15 +36,17 @@ from foreseen.engine.memory import (
     advise_on_weights,
     memory_advice,
 )
-from foreseen.engine.objective import Objective, Progress, all_reduce_sum
+from foreseen.engine.objective import Objective, Progress
 from foreseen.engine.online_probe import OnlineProbe
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.preempt import Preemption
 from foreseen.engine.resume import check_same_run, describe_data, run_state
 from foreseen.engine.run_folder import clear_preempted, mark_preempted
+from foreseen.engine.unreadable import TRAINING, UnreadableList
 from foreseen.engine.weight_average import WeightAverage
 from foreseen.errors import BadInput
 
+_SHOWN = 5  # unreadable samples a line of metrics; the list has them all
 _logger = logging.getLogger(__name__)
 
 
@@ -153,6 +155,8 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
                 log.advance(step)
             if trainer.average is not None and step == trainer.total_steps:
                 trainer.average.hand_over()
+            if said := trainer.unreadable.summary(trainer.feed.num_samples):
+                log.say(said)
     finally:
         log.close()
     best = trainer.checkpoints.best
@@ -208,8 +212,8 @@ class _Trainer:
             else None
         )
         self.skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-        self.problems: list[str] = []
-        self.unreadable = 0
+        self.problems: list[Problem] = []
+        self.unreadable = UnreadableList(config.run.dir, accelerator)
         self.parents = job.parents
 
     def progress(self, step: int) -> Progress:
@@ -326,7 +330,7 @@ class _Trainer:
         finite = means.pop("finite")
         means = {name: value / finite if finite else float("nan") for name, value in means.items()}
         health = {f"health/{name}": float(value) for name, value in self.job.objective.health().items()}
-        unreadable, skipped = self._count_problems(step, log), int(self.skipped)
+        unreadable, skipped = self._count_problems(log), int(self.skipped)
         values = {
             "epoch": step * self.layout.global_size / self.feed.num_samples,
             **means,
@@ -349,20 +353,19 @@ class _Trainer:
         log.scalars(step, values, line=line)
         self.meter.reset()
 
-    def _count_problems(self, step: int, log: RunLog) -> int:
-        for problem in self.problems[:5]:
-            log.say(f"unreadable, replaced: {problem}")
-        found = torch.tensor(len(self.problems), dtype=torch.int64, device=self.accelerator.device)
-        self.unreadable += int(all_reduce_sum(found))
-        seen = step * self.layout.global_size
-        limit = self.job.config.data.max_bad_fraction
-        if self.unreadable > limit * max(seen, self.feed.num_samples):
-            raise BadInput(
-                f"{self.unreadable} of {seen} samples could not be read, more than data.max_bad_fraction {limit} "
-                f"allows; the last: {self.problems[-1] if self.problems else 'on another rank'}"
-            )
+    def _count_problems(self, log: RunLog) -> int:
+        """List what could not be read since the last line; the samples trained on that could not be read so far."""
+        self._list(self.problems, TRAINING, log, lambda problem: problem.position // self.layout.global_size + 1)
         self.problems.clear()
-        return self.unreadable
+        self.unreadable.check(self.job.config.data.max_bad_fraction, self.feed.num_samples)
+        return len(self.unreadable.trained)
+
+    def _list(self, problems: Sequence[Problem], use: str, log: RunLog, step_of: Callable[[Problem], int]) -> None:
+        new = self.unreadable.add(problems, use, step_of)
+        for problem in new[:_SHOWN]:
+            log.say(f"unreadable, {'replaced' if use == TRAINING else 'in ' + use}: {problem}")
+        if len(new) > _SHOWN:
+            log.say(f"unreadable, {len(new) - _SHOWN:,} more: {self.unreadable.file} lists them")
 
     def show(self, step: int, batch: Batch, log: RunLog) -> None:
         """Send the objective's pictures of a batch to TensorBoard."""
@@ -382,9 +385,12 @@ class _Trainer:
         started = time.perf_counter()
         advice = partial(advise_on_scores, self.layout, job.objective.group)
         with self.judged(), memory_advice(f"in validation at batch.micro_size {self.layout.micro_size}", advice):
+            problems: list[Problem] = []
             numbers = evaluate(
-                job.objective, job.validation, self.accelerator, job.config.compute, workers=job.config.data.workers
-            )
+                job.objective, job.validation, self.accelerator, job.config.compute, workers=job.config.data.workers,
+                problems=problems,
+            )  # fmt: skip
+        self._list(problems, "validation", log, lambda _: step)
         values = {f"validation/{name}": value for name, value in numbers.items()}
         line = f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         log.scalars(step, values | {"validation/seconds": time.perf_counter() - started}, line=line)
@@ -396,10 +402,11 @@ class _Trainer:
         if probe is None or not probe.is_due(step, self.total_steps):
             return
         with self.judged(), memory_advice("in a probe", advise_on_probes):
-            values, line = probe.run(
+            values, line, problems = probe.run(
                 step, self.job.objective.encoder(), self.accelerator, self.job.config.compute,
                 batch_size=self.layout.micro_size, workers=self.job.config.data.workers,
             )  # fmt: skip
+        self._list(problems, "probe", log, lambda _: step)
         log.scalars(step, values, line=line)
 
     def save(self, step: int, score: float | None) -> None:
@@ -409,7 +416,7 @@ class _Trainer:
             state = run_state(self.job.config, self.data, self.parents, step) | {
                 "optimizer": numbers,
                 "skipped_steps": int(self.skipped),
-                "unreadable_samples": self.unreadable,
+                "unreadable_samples": sorted(self.unreadable.trained),
                 "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
                 "score": score,
             }
@@ -434,8 +441,19 @@ class _Trainer:
         if self.layout.ranks > 1:
             torch.distributed.broadcast_object_list(newest, src=0)
         if newest[0] is None:
+            self.unreadable.recall(0)
             return 0
         found = self.checkpoints.load(newest[0])
+        try:
+            return self._take_up(found)
+        except (BadInput, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            where = self.checkpoints.folder / f"step-{found.step}"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"the checkpoint {where} is not what this run saved ({reason}); delete it") from error
+
+    def _take_up(self, found: Checkpoint) -> int:
         check_same_run(self.job.config, self.job.builder.shards, self.feed.order_name, self.job.parents, found.state)
         self.job.objective.load_state_dict(found.model)
         self.optimizer.load_state(found.optimizer, found.state["optimizer"])
@@ -445,7 +463,7 @@ class _Trainer:
             assert found.average is not None, "a run that keeps an average saves it"
             self.average.load_state(found.average)
         self.skipped.fill_(found.state["skipped_steps"])
-        self.unreadable = found.state["unreadable_samples"]
+        self.unreadable.recall(found.step, found.state["unreadable_samples"])
         self.parents = found.state["parents"]
         if self.accelerator.is_main_process:
             self._mark_if_best(found.step, found.state["score"])  # a kill may have come between the two

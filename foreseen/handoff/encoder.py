@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from foreseen import config
 from foreseen.data.views import IMAGENET_MEAN, IMAGENET_STD, View
 from foreseen.errors import BadInput
+from foreseen.files import read_json
 from foreseen.handoff.card import keep_sections
-from foreseen.models.backbone import Pool, architecture_of, create_backbone
+from foreseen.models.backbone import FACTORY, Pool, architecture_of, create_backbone
 from foreseen.models.initialise import Initialised, initialise
 
 PUBLIC = "timm:"
@@ -191,7 +192,8 @@ def load_encoder(init_from: str | Path) -> EncoderFolder:
         inner = f"; did you mean {folder / 'encoder'}?" if (folder / "encoder" / "config.json").is_file() else ""
         raise BadInput(f"{folder} is no encoder folder: config.json or model.safetensors is missing{inner}")
     try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        described = read_json(folder / "config.json")
+        _check_described(described)
         with (folder / "model.safetensors").open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
         return EncoderFolder(
@@ -205,12 +207,26 @@ def load_encoder(init_from: str | Path) -> EncoderFolder:
             weights=weights,
             lineage=_read_lineage(folder / "lineage.json"),
         )
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise BadInput(f"the encoder folder {folder} cannot be read: {type(error).__name__}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError, SafetensorError) as error:
+        what = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+        raise BadInput(f"the encoder folder {folder} cannot be read: {what}") from error
+
+
+def _check_described(described: Mapping[str, Any]) -> None:
+    """Refuse a config.json that asks timm for more than a model of its own and the weights beside it.
+
+    Raises:
+        BadInput: the architecture is no name of timm's, or an argument is its factory's, which loads from elsewhere.
+    """
+    architecture = described["architecture"]
+    if not isinstance(architecture, str) or any(mark in architecture for mark in ":/\\") or not is_model(architecture):
+        raise BadInput(f"its config.json names the architecture {architecture!r}, which is no model of timm")
+    if taken := sorted(FACTORY & described.get("model_args", {}).keys()):
+        raise BadInput(f"its config.json has model_args.{taken[0]}, which is no argument of a model")
 
 
 def _read_lineage(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
     if not isinstance(found, dict):
         raise ValueError("lineage.json holds no object")
     return found

@@ -30,7 +30,7 @@ _OWNED = {
     "fc_norm": "method.pool",
 }
 # What timm's factory takes for itself: weights from elsewhere, or a module that is no longer the model.
-_FACTORY = frozenset(inspect.signature(timm.create_model).parameters) | {
+FACTORY = frozenset(inspect.signature(timm.create_model).parameters) | {
     "features_only", "feature_cls", "feature_cfg", "out_indices", "pretrained_strict", "pretrained_model_args",
     "pruned", "device", "dtype",
 }  # fmt: skip
@@ -116,7 +116,7 @@ def _check_args(name: str, args: Mapping[str, Any]) -> None:
     for key, value in args.items():
         if key in _OWNED:
             raise BadInput(f"model.args.{key} is set by {_OWNED[key]}; leave it out")
-        if key in _FACTORY:
+        if key in FACTORY:
             raise BadInput(f"model.args.{key} is no argument of {name}; weights are chosen by model.init_from")
         if "drop" in key and value:
             raise BadInput(

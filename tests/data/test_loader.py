@@ -195,7 +195,12 @@ def test_a_damaged_sample_is_replaced_without_moving_any_other(
 
     problems = [problem for batch in batches for problem in batch.problems]
     assert len(problems) >= len(replaced)  # a substitute may be damaged too
-    assert all(problem.count("train-") == 1 and "crc32 differs" in problem for problem in problems)
+    assert {problem.sample for problem in problems} <= set(DAMAGED)
+    for problem in problems:
+        assert str(problem).count("train-") == 1
+        assert "crc32 differs" in problem.reason
+        assert problem.key in problem.reason
+        assert problem.position in found
 
 
 def test_a_substitute_comes_from_the_same_subset(damaged: ShardSet) -> None:

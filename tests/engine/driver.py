@@ -31,7 +31,7 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read_many(self, samples: Sequence[int]) -> Iterator[bytes]:
+    def read_many(self, samples: Sequence[int], *, max_bytes: int) -> Iterator[bytes]:
         return map(_picture, samples)
 
     def describe(self, sample: int) -> str:

@@ -132,10 +132,11 @@ def test_features_are_of_the_samples_that_could_be_read_and_the_model_stays_as_i
     assert whole.unreadable == 0
     assert torch.allclose(whole.features, alone.features, atol=1e-5)  # no drop path, and each in its row
     read = ShardSet.read
-    damaged = lambda self, numbers: (b"no picture" if n == 9 else read(self, n) for n in numbers)  # noqa: E731
+    damaged = lambda self, numbers, **_: (b"no picture" if n == 9 else read(self, n) for n in numbers)  # noqa: E731
     monkeypatch.setattr(ShardSet, "read_many", damaged)
     partly = look(2)
     assert (partly.samples.tolist(), partly.unreadable) == ([1, 4, 16, 25], 1)
+    assert [problem.sample for problem in partly.problems] == [9]
     assert torch.allclose(partly.features, whole.features[[0, 1, 3, 4]], atol=1e-5)
     known = partly.labelled(np.array([4, 9, 25]), shards.labels)
     assert known.labels.tolist() == [shards.labels[4], shards.labels[25]]

@@ -94,8 +94,7 @@ def run(shards: Path, config: Config, *, validate: bool = False, seed: int = 0, 
     objective = attributes.pop("objective", MeanColour)()
     for name, value in attributes.items():
         setattr(objective, name, value)
-    checksums = config.run.ledger == "pixels"
-    builder = BatchBuilder(ShardSet.open(shards, "train"), objective.request, config.seed, checksums=checksums)
+    builder = BatchBuilder.configured(ShardSet.open(shards, "train"), objective.request, config)
     job = Job(config.with_length(len(builder.shards)), objective, builder)
     if validate:
         job = replace(job, validation=SweepDataset(builder, 10), choose_by="score")

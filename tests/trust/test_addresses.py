@@ -1,0 +1,148 @@
+"""A path is a path: no shell is started by one, and nothing is fetched."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+from typer.testing import CliRunner
+
+from foreseen import cli
+from foreseen.data.hugging_face import HuggingFaceSource
+from foreseen.data.manifest import read_manifest
+from foreseen.data.open_source import SourceOptions, open_source
+from foreseen.data.source import Missing
+from foreseen.data.table import Columns, TableSource
+from foreseen.errors import BadInput
+from tests.trust.payload import Canary, write_tar
+
+Recipe = Callable[..., list[str]]
+# What webdataset, fsspec and shells would each make of a name.
+SHAPES = (
+    "pipe:{command}", "pipe:{command} |", "|{command}", "{command} |", "$({command})", "`{command}`", "; {command}",
+    "file::pipe:{command}", "pipe:{command}::file://x.tar", "git://{command}", "shell://{command}", "cmd:{command}",
+)  # fmt: skip
+
+
+@pytest.fixture(params=SHAPES)
+def address(request: pytest.FixtureRequest, canary: Canary) -> str:
+    return str(request.param).format(command=canary.command)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_webdataset_runs_such_a_name(canary: Canary, jpeg: bytes, tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.jpg": jpeg})
+    pipe = f"pipe:{canary.command}; cat {tmp_path}/a.tar"
+    assert len(list(webdataset.WebDataset(pipe, shardshuffle=False))) == 1
+    assert canary.sang
+
+
+@pytest.mark.parametrize("place", ["data.path", "probe.data", "model.init_from", "data pack", "probe"])
+def test_a_shell_address_is_a_path_that_is_not_there(
+    place: str, address: str, canary: Canary, recipe: Recipe, tmp_path: Path
+) -> None:
+    short = {"run__steps": 2, "optim__warmup_steps": 0, "batch__global_size": 8}
+    arguments = {
+        "data pack": ["data", "pack", address, str(tmp_path / "out")],
+        "probe": ["probe", address, address],
+    }.get(place)
+    if arguments is None:
+        quoted = json.dumps(address)
+        more = {"probe.every": 1} if place == "probe.data" else {}
+        overrides = [f"{key}={value}" for key, value in {place: quoted, **more}.items()]
+        arguments = ["pretrain", "mae_cpu_minutes", *recipe(**short), *overrides]
+    with pytest.raises(BadInput, match=r"does not exist|is no encoder folder|look up"):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert not canary.sang
+
+
+def test_a_shell_address_in_a_cell_of_a_table_is_a_picture_that_is_not_there(address: str, canary: Canary) -> None:
+    quoted = address.replace('"', '""')
+    Path("pictures.csv").write_text(f'path,label\n"{quoted}",cat\n', encoding="utf-8")
+    (sample,) = TableSource(Path("pictures.csv"), Columns()).read().splits["train"]
+    assert isinstance(sample.image, Missing)
+    assert not canary.sang
+
+
+def test_a_name_that_is_an_address_is_packed_as_any_other_name(canary: Canary, jpeg: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, shape in enumerate(("$(mkdir canary-sang)", "`mkdir canary-sang`", "; mkdir canary-sang", "pipe:x")):
+        (folder / f"{shape}{number}.jpg").write_bytes(jpeg)
+    result = CliRunner().invoke(cli.app, ["data", "pack", str(folder), str(tmp_path / "set"), "--workers", "1"])
+    assert result.exit_code == 0, result.output
+    assert not canary.sang
+    assert not Path("canary-sang").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pipe:{command}", "/etc/passwd", "../outside.tar", "a/b.tar", "..", ".", "", "http://127.0.0.1:9/a.tar",
+        "a\\b.tar", "a\0b",
+    ],
+)  # fmt: skip
+def test_a_manifest_that_names_anything_but_files_beside_it_is_refused(
+    name: str, canary: Canary, small_shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(small_shards, tmp_path / "set")
+    file = tmp_path / "set/manifest.json"
+    name = name.format(command=canary.command)
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    for place in ("shard", "index", "labels"):
+        manifest = json.loads(json.dumps(whole))
+        train = manifest["splits"]["train"]
+        if place == "shard":
+            train["shards"][0]["name"] = name
+        else:
+            train[place] = name
+        file.write_text(json.dumps(manifest), encoding="utf-8")
+        with pytest.raises(BadInput, match="is not the name of a file beside it"):
+            read_manifest(tmp_path / "set")
+    assert not canary.sang
+
+
+def test_a_hugging_face_row_cannot_name_a_file_outside_the_set(canary: Canary, jpeg: bytes, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "secret.jpg").write_bytes(jpeg)
+    (tmp_path / "set").mkdir()
+    names = [
+        "../secret.jpg",
+        str(tmp_path / "secret.jpg"),
+        "/etc/passwd",
+        f"pipe:{canary.command}",
+        "http://127.0.0.1:9/a.jpg",
+    ]
+    rows = [{"bytes": None, "path": name} for name in names]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "set/train.parquet")
+    found = HuggingFaceSource(str(tmp_path / "set"), Columns(image="image")).read()
+    assert all(isinstance(sample.image, Missing) for sample in found.splits["train"])
+    assert not canary.sang
+
+
+@pytest.mark.parametrize(
+    "place", ["pickle", "webdataset", "csv", "json", "text", "generator", "./nowhere", "/nowhere", "a/b/c", "http://127.0.0.1/a"]
+)  # fmt: skip
+def test_a_name_after_hf_is_a_path_or_a_name_on_the_hub_and_no_reader(place: str) -> None:
+    with pytest.raises(BadInput, match="is no name on the hub"):
+        open_source(f"hf:{place}", SourceOptions())
+
+
+def test_metadata_of_a_local_set_cannot_send_the_reader_elsewhere(jpeg: bytes, tmp_path: Path) -> None:
+    """A card in the folder may name data files for the hub's reader; the folder's own pictures are read."""
+    folder = tmp_path / "set"
+    (folder / "train/cat").mkdir(parents=True)
+    (folder / "train/cat/a.jpg").write_bytes(jpeg)
+    card = "---\nconfigs:\n- config_name: default\n  data_files: http://127.0.0.1:9/evil.parquet\n---\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    found = HuggingFaceSource(str(folder), Columns()).read()
+    assert len(found.splits["train"]) == 1
