@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from foreseen.errors import BadInput
+from foreseen.files import open_regular
 
 MAX_BYTES = 64 << 20  # of one member that is taken into memory
 _MAX_OPEN_SHARDS = 128
@@ -121,7 +122,7 @@ class LocalStore:
 
     def _open_file(self, name: str) -> "Descriptor":
         try:
-            return Descriptor(os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC))
+            return Descriptor(open_regular(self.folder / name))
         except FileNotFoundError:
             raise BadInput(f"{self.folder / name} is missing: copy or pack the set again") from None
 

@@ -7,14 +7,16 @@ A table is held in memory whole, as it is listed to be packed; its cells are tex
 import csv
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from foreseen.data.source import IMAGE_SUFFIXES
 from foreseen.errors import BadInput
+from foreseen.files import bounded_lines, open_regular
 
 _MAX_COLUMNS = 1000  # a column costs a cell a row
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -46,7 +48,7 @@ def read_table(file: Path) -> Table:
         BadInput: it cannot be read, is of another encoding, lists nothing, or a line of it makes no sense.
     """
     try:
-        with open(file, "rb") as data:
+        with os.fdopen(open_regular(file), "rb") as data:
             start = data.read(4)
         if start.startswith(_UTF_16_MARKS) or b"\0" in start:
             raise BadInput(f"{file} is not UTF-8 text, UTF-16 it seems: save it in UTF-8")
@@ -58,12 +60,13 @@ def read_table(file: Path) -> Table:
         raise BadInput(f"{file} cannot be read: {error.strerror}") from None
 
 
-def _read_csv(file: Path, text: Any) -> Table:
-    first = text.readline()
+def _read_csv(file: Path, text: IO[str]) -> Table:
+    first = next(bounded_lines(text, file), "")
     text.seek(0)
     separator = max(",;\t", key=first.count)
+    lines = bounded_lines(text, file)
     try:
-        numbered = [(number, row) for number, row in enumerate(csv.reader(text, delimiter=separator, strict=True), 1)]
+        numbered = list(enumerate(csv.reader(lines, delimiter=separator, strict=True), 1))
     except csv.Error as error:
         raise BadInput(f"{file} cannot be read as CSV: {error}") from None
     filled = [(number, row) for number, row in numbered if any(row)]
@@ -82,10 +85,10 @@ def _read_csv(file: Path, text: Any) -> Table:
     return Table(columns, [number for number, _ in rows], "row")
 
 
-def _read_json_lines(file: Path, text: Iterable[str]) -> Table:
+def _read_json_lines(file: Path, text: IO[str]) -> Table:
     columns: dict[str, list[Any]] = {}
     lines: list[int] = []
-    for number, line in enumerate(text, 1):
+    for number, line in enumerate(bounded_lines(text, file), 1):
         if not line.strip():
             continue
         found = _parse_object(line, f"line {number} of {file}")
@@ -102,10 +105,10 @@ def _read_json_lines(file: Path, text: Iterable[str]) -> Table:
     return Table(columns, lines, "line", is_typed=True)
 
 
-def _read_list(file: Path, text: Iterable[str]) -> Table:
+def _read_list(file: Path, text: IO[str]) -> Table:
     """Paths, and labels behind a tab or, as whole numbers, behind blanks."""
     paths, labels, lines = [], [], []
-    for number, line in enumerate(text, 1):
+    for number, line in enumerate(bounded_lines(text, file), 1):
         if not (entry := line.strip()) or entry.startswith("#"):
             continue
         path, *more = (part.strip() for part in entry.split("\t"))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from foreseen.data.tar_samples import TarSamples
 from foreseen.errors import BadInput
+from foreseen.files import open_regular
 
 CLASSES_FILE = "classes.txt"
 MAX_JSON = 4 << 20
@@ -192,7 +193,7 @@ def read_classes(file: Path) -> tuple[str, ...]:
         BadInput: it cannot be read, or names a class twice or none.
     """
     try:
-        with open(file, encoding="utf-8-sig") as text:
+        with os.fdopen(open_regular(file), encoding="utf-8-sig") as text:
             names = tuple(line.strip() for line in text.read(64 << 20).splitlines())
     except OSError as error:
         raise BadInput(f"{file} cannot be read ({error.strerror}): give a file with one class name a line") from None

@@ -4,6 +4,7 @@ import bz2
 import errno
 import gzip
 import lzma
+import os
 import shutil
 import tempfile
 import weakref
@@ -14,6 +15,7 @@ from typing import BinaryIO
 
 from foreseen.data.tars import compression_of
 from foreseen.errors import BadInput
+from foreseen.files import open_regular
 
 _CHUNK = 1 << 20
 _XZ_MEMORY = 256 << 20  # an xz file says how much its reader must take, up to 4 GiB
@@ -40,7 +42,7 @@ def unpack_tar(file: Path, tar: Path) -> None:
     free = shutil.disk_usage(tar.parent).free
     written = 0
     try:
-        with open(file, "rb") as source, open(tar, "wb") as out:
+        with os.fdopen(open_regular(file), "rb") as source, open(tar, "wb") as out:
             for chunk in _chunks(source, file):
                 written += len(chunk)
                 if written > limit:
