@@ -7,7 +7,7 @@ import time
 import typer
 
 from foreseen import __version__
-from foreseen.commands import data, finetune, pretrain, probe, quickstart, recipes, results
+from foreseen.commands import data, finetune, pretrain, probe, quickstart, recipes, replay, results
 from foreseen.errors import BadInput
 
 EXIT_BAD_INPUT = 2
@@ -26,6 +26,7 @@ app.command()(recipes.recipes)
 app.command()(pretrain.pretrain)
 app.command()(probe.probe)
 app.command()(finetune.finetune)
+app.command()(replay.replay)
 app.command()(results.results)
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from foreseen.config import Config
     from foreseen.data.shards import ShardSet
     from foreseen.engine.online_probe import OnlineProbe
-    from foreseen.engine.train import Outcome
+    from foreseen.engine.train import Job, Outcome
     from foreseen.handoff.encoder import Preprocessing
 
 
@@ -30,23 +30,22 @@ def run(config: "Config") -> "Outcome":
     Args:
         config: of the verb "pretrain".
     """
+    from dataclasses import replace
+
     from foreseen.commands.session import open_shards, record_config, session
-    from foreseen.data.loader import BatchBuilder
-    from foreseen.engine.train import Job, train
-    from foreseen.handoff.encoder import Preprocessing, parents_of, save_encoder
+    from foreseen.engine.train import train
+    from foreseen.handoff.encoder import Preprocessing, save_encoder
     from foreseen.handoff.lineage import describe_lineage
-    from foreseen.pretrain.methods import METHODS
 
     with session(config) as (accelerator, say):
         shards = open_shards(config, config.data.split, accelerator)
         config = config.with_length(len(shards))
         record_config(config, accelerator)
-        objective = METHODS[config.method.name].build(config)
-        builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=config.data.fast_decode)
+        job = make_job(config, shards)
+        objective = job.objective
         seen = Preprocessing.of_view(objective.request.views[0])
         probe = _online_probe(config, shards, seen, accelerator)
-        parents = parents_of(objective.encoder())
-        outcome = train(Job(config, objective, builder, probe=probe, parents=parents), accelerator)
+        outcome = train(replace(job, probe=probe), accelerator)
         if accelerator.is_main_process:
             if outcome.preempted:
                 say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
@@ -56,6 +55,23 @@ def run(config: "Config") -> "Outcome":
                 save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
                 say(f"encoder: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
     return outcome
+
+
+def make_job(config: "Config", shards: "ShardSet") -> "Job":
+    """What a run is made of, but for its probe; `replay` makes it, too.
+
+    Args:
+        config: of the verb "pretrain", its length resolved.
+        shards: to train on.
+    """
+    from foreseen.data.loader import BatchBuilder
+    from foreseen.engine.train import Job
+    from foreseen.handoff.encoder import parents_of
+    from foreseen.pretrain.methods import METHODS
+
+    objective = METHODS[config.method.name].build(config)
+    builder = BatchBuilder(shards, objective.request, config.seed, fast_decode=config.data.fast_decode)
+    return Job(config, objective, builder, parents=parents_of(objective.encoder()), verb="pretrain")
 
 
 def _online_probe(

@@ -14,6 +14,8 @@ _FREE = {
     "run.pictures_every", "data.path", "data.hf_config", "data.columns.image", "data.columns.label",
     "data.columns.split", "data.test_fraction", "data.workers", "data.max_bad_fraction", "optim.warmup_epochs",
     "batch.micro_size", "model.init_from", "compute.compile", "compute.checkpoint_activations",
+    # These matter to a run that goes wrong, whose owner may then want to change them.
+    "run.recorder", "run.explode_factor", "run.rewind_after",
 }  # fmt: skip
 
 
