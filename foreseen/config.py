@@ -45,8 +45,8 @@ class Run(Section):
     pictures_every: int | None = Field(None, ge=1)
     """Steps between pictures in TensorBoard; null shows them at every checkpoint."""
     recorder: int = Field(100, ge=0)
-    """Last steps whose numbers go into the bundle of a bad step; 0 judges no step, writes no bundle, never goes back."""
-    explode_factor: float | None = Field(50.0, gt=1)
+    """Last steps whose numbers go into the bundle of a bad step; 0 judges none, writes no bundle, never goes back."""
+    explode_factor: float | None = Field(20.0, gt=1)
     """A step is bad, too, if its gradient norm is so many times the median of the last 100 good steps, and above all
     good steps of the run; null counts only steps that are not finite."""
     rewind_after: int | None = Field(10, ge=1)

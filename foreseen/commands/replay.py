@@ -114,11 +114,13 @@ def lines(bundle: "Bundle", result: "Replay", work: Path) -> Iterator[str]:
     yield _verdict(result)
     yield from _inside(result.findings)
     yield from _samples(bundle, result)
-    kept = f"{work}/checkpoints/step-{result.step} is the state before the step: the next replay begins there"
-    yield kept if result.kept else (
-        "the state before the step is not kept in the bundle, since it may not be the run's to the bit; --out FOLDER "
-        "keeps it elsewhere"
-    )
+    if result.kept:
+        yield f"{work}/checkpoints/step-{result.step} is the state before the step: the next replay begins there"
+    else:
+        yield (
+            "the state before the step is not kept in the bundle, since it may not be the run's to the bit; "
+            "--out FOLDER keeps it elsewhere"
+        )
 
 
 def _number(number: "Number") -> str:

@@ -1,11 +1,13 @@
 """The flight recorder: the numbers of the last steps, and whether a step was bad.
 
-Each step leaves a row of scalars on the device; rows are read when the loop logs, so no step waits for the device. A
-step is bad if its loss or gradient is not finite, or if it explodes: the gradient norm is more than `run.explode_factor` times
-the median of the last 100 good steps, and larger than that of any good step of the run. The median follows a run
-through its warm-up and sees a norm that doubles every few steps, which a comparison with the step before would not;
-the largest keeps quiet a run whose loss has all but vanished, where one hard sample stands out by any factor. Before
-100 good steps nothing explodes.
+Each step leaves a row of scalars on the device; rows are read when the loop logs, so no step waits for the device.
+
+A step is bad if its loss or gradient is not finite, or if it explodes: the gradient norm is more than
+`run.explode_factor` times the median of the last 100 good steps, and larger than that of any good step of the run.
+The median follows a run through its warm-up and sees a norm that doubles every few steps, which a comparison with the
+step before would not; the largest keeps quiet a run whose loss has all but vanished, where one hard sample stands out
+by any factor. Before 100 good steps nothing explodes. Healthy runs of the shipped recipes reach 2 to 5 times the
+median.
 
 The rule looks at reduced numbers, in the order of the steps. So all ranks judge alike, and neither `run.log_every` nor
 a restart changes a verdict: what it has to remember is part of the checkpoint.
@@ -35,7 +37,7 @@ class Record(Section, ser_json_inf_nan="strings"):
     step: int
     """Number of the update, from 0: it follows the checkpoint `step-<n>` of the same number."""
     values: dict[str, float]
-    """The parts of the loss, as means over the global batch; `grad_norm` before clipping; with fp16 the `loss_scale`."""
+    """Parts of the loss, as means over the global batch; `grad_norm` before clipping; with fp16 the `loss_scale`."""
     finite: bool
     lr: float
     bad: Reason | None = None
@@ -151,11 +153,11 @@ class FlightRecorder:
         """What is wrong with a bad step, for people."""
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in record.values.items())
         if record.bad == "non-finite":
-            return f"step {record.step} is not finite ({numbers})"
+            return f"step {record.step} (counted from 0) is not finite ({numbers})"
         times = record.values["grad_norm"] / (statistics.median(self._norms) or math.nan)
         return (
-            f"step {record.step} explodes ({numbers}): its gradient norm is {times:.3g} times the median of the last "
-            f"{HISTORY} good steps, above all of the run"
+            f"step {record.step} (counted from 0) explodes ({numbers}): its gradient norm is {times:.3g} times the "
+            f"median of the last {HISTORY} good steps, and above those of all good steps"
         )
 
     def replaced(self, step: int) -> dict[int, int]:

@@ -288,7 +288,7 @@ def _each_group(trainer: Trainer, bundle: Bundle) -> tuple[Group, ...] | None:
             (loss * scale).backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in objective.parameters() if p.grad is not None])
             samples = bundle.samples[number * objective.group :][: objective.group]
-            groups.append(Group(tuple(sample.name for sample in samples), float(loss), float(norm) / scale))
+            groups.append(Group(tuple(sample.name for sample in samples), float(loss.detach()), float(norm) / scale))
     except ValueError:
         if not batch_statistics(objective):
             raise

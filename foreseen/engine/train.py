@@ -220,7 +220,9 @@ class Trainer:
 
     def batches(self, step: int) -> Iterator[Batch]:
         shift = stream_shift(self.rewinds)
-        numbers = range((step + shift) * self.layout.accumulation, (self.total_steps + shift) * self.layout.accumulation)
+        numbers = range(
+            (step + shift) * self.layout.accumulation, (self.total_steps + shift) * self.layout.accumulation
+        )
         cuda = self.accelerator.device.type == "cuda"
         return load(self.stream, numbers, workers=self.job.config.data.workers, pin_memory=cuda)
 

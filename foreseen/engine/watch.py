@@ -62,7 +62,8 @@ def _leave_bundle(
     try:
         write_bundle(folder, _bundle(trainer, recorder, record, replaced), trainer.checkpoints.folder)
     except OSError as error:
-        log.say(f"{recorder.describe(record)}; its bundle cannot be written to {folder} ({error.strerror or error}); training goes on")
+        reason = error.strerror or error
+        log.say(f"{recorder.describe(record)}; its bundle cannot be written to {folder} ({reason}); training goes on")
     else:
         log.say(f"{recorder.describe(record)}; to make it again: foreseen replay {folder}")
     return folder
@@ -80,7 +81,7 @@ def _bundle(trainer: "Trainer", recorder: FlightRecorder, record: Record, replac
         ranks=layout.ranks,
         micro_size=layout.micro_size,
         accumulation=layout.accumulation,
-        ring=tuple(earlier for earlier in recorder.ring if earlier.step < step) + (record,),
+        ring=(*(earlier for earlier in recorder.ring if earlier.step < step), record),
         samples=samples_of(trainer.stream, step + stream_shift(trainer.rewinds), replaced),
         environment=describe_start(describe_devices(trainer.accelerator)),
         run=run_state(job.config, trainer.data, trainer.parents, step),
@@ -89,14 +90,14 @@ def _bundle(trainer: "Trainer", recorder: FlightRecorder, record: Record, replac
 
 def _go_back(trainer: "Trainer", recorder: FlightRecorder, streak: Streak, bundle: Path, log: RunLog) -> int:
     first, after = streak.first.step, streak.last + 1
-    found = f"{streak.length} steps in a row are bad, from {recorder.describe(streak.first)}"
+    found = f"{streak.length} steps in a row are bad, the first: {recorder.describe(streak.first)}"
     good = trainer.newest_checkpoint(lambda step: step <= first and trainer.is_scheduled(step))
     if trainer.rewinds or good is None:
         why = "no checkpoint was saved before them"
         if trainer.rewinds:
             why = "the run has gone back once already, from step {} to {}".format(*trainer.rewinds[0])
         raise BadInput(
-            f"{found}, and {why}: it stops. foreseen replay {bundle} tells which samples and which module; then lower "
+            f"{found}; and {why}: it stops. foreseen replay {bundle} tells which samples and which module; then lower "
             "optim.base_lr, lengthen the warm-up, set optim.clip_grad or compute.precision=fp32, in another run.dir. "
             "run.rewind_after=null goes on in this one regardless"
         )
@@ -107,7 +108,7 @@ def _go_back(trainer: "Trainer", recorder: FlightRecorder, streak: Streak, bundl
     trainer.rewinds.append((after, good))
     log.go_back(good)
     log.say(
-        f"{found}: going back to the checkpoint of step {good}. What was logged since then is dropped, and the data of "
+        f"{found}. Going back to the checkpoint of step {good}. What was logged since then is dropped, and the data of "
         f"{after - good} steps is passed over. The next time the run stops"
     )
     return good

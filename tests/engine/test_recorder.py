@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from foreseen.config import Config
-from foreseen.data.batch import Batch
-from foreseen.data.loader import BatchBuilder
+from foreseen.data.batch import Batch, BatchLayout
+from foreseen.data.loader import BatchBuilder, StreamDataset
 from foreseen.data.shards import ShardSet
-from foreseen.engine import loss_scale
+from foreseen.engine import checkpoint, loss_scale
 from foreseen.engine.bundle import MOST_BUNDLES, Bundle, read_bundle
 from foreseen.engine.checkpoint import Checkpoints
 from foreseen.engine.objective import Progress
@@ -86,8 +86,9 @@ def test_a_step_that_is_not_finite_leaves_a_bundle_that_makes_it_again(
 ) -> None:
     _run(small_shards, configure(tmp_path, run__steps=6, run__log_every=1), nan_at=(4,))
     folder = tmp_path / "bundles/step-4"
-    assert f"step 4 is not finite (loss nan  grad_norm nan); to make it again: foreseen replay {folder}" in (
-        capsys.readouterr().out
+    assert (
+        f"step 4 (counted from 0) is not finite (loss nan  grad_norm nan); to make it again: foreseen replay {folder}"
+        in (capsys.readouterr().out)
     )
     bundle, result = _again(small_shards, folder, nan_at=(4,))
     assert (bundle.step, bundle.reason, bundle.checkpoint) == (4, "non-finite", 3)
@@ -143,7 +144,7 @@ def test_a_step_that_explodes_leaves_a_bundle_and_its_loudest_samples_are_named(
 ) -> None:
     config = configure(tmp_path, run__steps=HISTORY + 4, run__save_every=50, run__log_every=7)
     _run(small_shards, config, large_at=(3, HISTORY + 1))  # the first one comes too early to judge
-    assert "step 101 explodes" in capsys.readouterr().out
+    assert "step 101 (counted from 0) explodes" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "bundles").iterdir()] == ["step-101"]
     bundle, result = _again(small_shards, tmp_path / "bundles/step-101", large_at=(HISTORY + 1,))
     assert (bundle.reason, result.is_equal, result.findings.module) == ("exploding", True, None)
@@ -157,8 +158,8 @@ def test_bad_steps_in_a_row_send_the_run_back_past_their_data_once(
     going = {"run__steps": 12, "run__rewind_after": 2}
     _run(small_shards, configure(tmp_path / "run", **going), nan_at=(7, 8), seen=seen)
     out = capsys.readouterr().out
-    assert "2 steps in a row are bad" in out
-    assert "going back to the checkpoint of step 6" in out
+    assert "2 steps in a row are bad, the first: step 7 (counted from 0) is not finite" in out
+    assert "Going back to the checkpoint of step 6" in out
     assert [int(positions[0]) // SIZE for positions in seen[::2]] == [*range(9), *range(9, 15)]
     assert [line["step"] for line in _lines(tmp_path / "run")] == [2, 3, 4, 6, 8, 9, 10, 12]
     assert _lines(tmp_path / "run")[-1]["skipped_steps"] == 0
@@ -179,8 +180,6 @@ def test_bad_steps_in_a_row_send_the_run_back_past_their_data_once(
 
 
 def _sign(folder: Path) -> None:
-    from foreseen.engine import checkpoint
-
     digests = {path.name: checkpoint._digest(path) for path in folder.iterdir() if path.name != "manifest.json"}
     (folder / "manifest.json").write_text(json.dumps({"files": digests}), encoding="utf-8")
 
@@ -223,39 +222,36 @@ def _bundles(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "bundles").iterdir())
 
 
-@pytest.mark.parametrize("moment", ["drop_after", "load", "save"])
+@pytest.mark.parametrize("moment", ["halfway", "before loading", "before the next checkpoint"])
 def test_a_run_that_is_killed_while_it_goes_back_comes_to_the_same(
     small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    # A checkpoint within the row is dropped; the one to go back to stays, though others follow.
-    going = {"run__steps": 20, "run__save_every": 2, "run__rewind_after": 5, "run__keep_last": 1}
-    spoiled = range(7, 12)
-    _run(small_shards, configure(unbroken, **going), nan_at=spoiled)
-    plain, began = getattr(Checkpoints, moment), [False]
-
-    def kill(self: Checkpoints, *arguments: Any) -> Any:
-        back = [file for file in (killed / "bundles").glob("step-*")]
-        if moment != "load" or back:
-            if moment == "drop_after":
-                self._remove(self.folder / "step-12") if (self.folder / "step-12").exists() else None
-            if moment != "save" or began[0]:
-                raise KeyboardInterrupt
-        return plain(self, *arguments)
-
-    def begin(self: Checkpoints, step: int) -> None:
-        began[0] = True
-        drop(self, step)
-
+    # Checkpoints within the row are dropped; the one to go back to has stayed, though they followed.
+    going = {"run__steps": 20, "run__save_every": 2, "run__rewind_after": 5, "run__keep_last": 2}
+    _run(small_shards, configure(unbroken, **going), nan_at=range(7, 12))
     drop = Checkpoints.drop_after
+
+    def kill(self: Checkpoints, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def going_back(self: Checkpoints, step: int) -> None:
+        if moment == "halfway":
+            assert self._steps() == [6, 8, 10]
+            drop(self, 8)
+        else:
+            drop(self, step)
+        if moment != "before the next checkpoint":
+            raise KeyboardInterrupt
+        patched.setattr(Checkpoints, "save", kill)
+
     with monkeypatch.context() as patched:
-        if moment == "save":  # the first one after going back
-            patched.setattr(Checkpoints, "drop_after", begin)
-        patched.setattr(Checkpoints, moment, kill)
+        patched.setattr(Checkpoints, "drop_after", going_back)
         with pytest.raises(KeyboardInterrupt):
-            _run(small_shards, configure(killed, **going), nan_at=spoiled)
-    _run(small_shards, configure(killed, **going), nan_at=spoiled)
+            _run(small_shards, configure(killed, **going), nan_at=range(7, 12))
+    _run(small_shards, configure(killed, **going), nan_at=range(7, 12))
     assert _weights(unbroken, 20) == _weights(killed, 20)
+    assert _lines(unbroken)[-5:] == _lines(killed)[-5:]
 
 
 def test_the_best_of_the_steps_that_are_abandoned_is_forgotten(small_shards: Path, tmp_path: Path) -> None:
@@ -282,8 +278,9 @@ def test_single_bad_steps_leave_a_few_bundles_and_no_more(
     _run(small_shards, configure(tmp_path, **going), nan_at=(4, 6, 8, 10, 12, 14, 15, 16))
     # A row that sends the run back has one in any case.
     assert _bundles(tmp_path) == sorted([*(f"step-{step}" for step in (4, 6, 8)), "step-14"])
-    assert f"step 10 is not finite (loss nan  grad_norm nan); no bundle, since {tmp_path}/bundles holds" in (
-        capsys.readouterr().out
+    assert (
+        f"step 10 (counted from 0) is not finite (loss nan  grad_norm nan); no bundle, since {tmp_path}/bundles holds"
+        in (capsys.readouterr().out)
     )
     assert MOST_BUNDLES == 3
 
@@ -300,7 +297,7 @@ def test_a_bundle_that_cannot_be_written_is_one_line_and_no_end(
     (tmp_path / "closed").mkdir()
     (tmp_path / "closed/bundles").write_text("in the way", encoding="utf-8")
     assert _run(small_shards, configure(tmp_path / "closed"), nan_at=(4,)).step == 8
-    said = [line for line in capsys.readouterr().out.splitlines() if "step 4 is not finite" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "step 4 (counted from 0) is not finite" in line]
     assert ["(No space left on device); training goes on" in line for line in said] == [True, False]
     assert len(said) == 2
     assert not list((tmp_path / "full/bundles").iterdir())
@@ -332,9 +329,6 @@ def test_samples_that_stood_in_for_unreadable_ones_are_in_the_bundle(small_shard
     bundle = read_bundle(tmp_path / "run/bundles/step-0")  # 16 of 37 samples; more steps hold them all
     replaced = [sample for sample in bundle.samples if sample.stands_in_for]
     builder = BatchBuilder(ShardSet.open(damaged, "train"), MeanColour().request, config.seed)
-    from foreseen.data.batch import BatchLayout
-    from foreseen.data.loader import StreamDataset
-
     batch = StreamDataset(builder, BatchLayout(SIZE, SIZE), 0)[0]
     assert [sample.sample for sample in bundle.samples] == batch.sample.tolist()
     assert len(replaced) == len(batch.problems)
@@ -358,9 +352,7 @@ def test_a_file_that_is_no_bundle_is_refused_with_a_sentence(small_shards: Path,
 
 
 def _record(step: int, norm: float, **more: float) -> Record:
-    return Record(
-        step=step, values={"loss": 1.0, "grad_norm": norm, **more}, finite=math.isfinite(norm), lr=0.1
-    )
+    return Record(step=step, values={"loss": 1.0, "grad_norm": norm, **more}, finite=math.isfinite(norm), lr=0.1)
 
 
 def _verdicts(norms: list[float], factor: float | None = 50.0, **more: float) -> list[int]:
@@ -389,10 +381,18 @@ def test_norms_that_jump_or_double_again_and_again_explode() -> None:
     assert _verdicts([1.0], loss=math.inf) == [0]
 
 
+def test_taking_a_step_down_reads_nothing_from_the_device() -> None:
+    recorder = FlightRecorder(5, 20.0)
+    values = {"loss": torch.ones((), device="meta"), "grad_norm": torch.ones((), device="meta")}
+    recorder.add(0, values, torch.ones((), dtype=torch.bool, device="meta"))  # any read of a meta tensor raises
+    with pytest.raises(NotImplementedError):
+        recorder.read(1, lambda step: 0.1)
+
+
 def test_a_search_for_the_loss_scale_is_not_bad_and_a_loss_that_is_not_finite_is() -> None:
     assert _verdicts([1.0, math.inf, math.inf, 1.0], loss_scale=2.0**16) == []
     assert _verdicts([1.0, math.inf, math.inf, 1.0], loss_scale=1.0) == [1, 2]
-    assert _verdicts([1.0, math.inf], loss_scale=2.0**16, loss=math.nan) == [1]
+    assert _verdicts([math.inf, math.inf], loss_scale=2.0**16, loss=math.nan) == [0, 1]
 
 
 def test_a_run_that_searches_its_loss_scale_for_long_goes_on(
