@@ -175,8 +175,9 @@ class FlightRecorder:
             },
         }  # fmt: skip
 
-    def load_state(self, state: Mapping[str, Any], step: int) -> None:
-        """Take back what `state` gave after `step` updates; later steps are forgotten."""
+    def load_state(self, state: Mapping[str, Any] | None, step: int) -> None:
+        """Take back what `state` gave after `step` updates, None if nothing was recorded; later steps are forgotten."""
+        state = state or {"norms": [], "largest": None, "streak": None}
         streak = state["streak"]
         self.streak = None if streak is None else Streak(**streak | {"first": Record.model_validate(streak["first"])})
         self._norms = deque(state["norms"], maxlen=HISTORY)

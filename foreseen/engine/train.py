@@ -294,6 +294,7 @@ class Trainer:
         return micro_batches[0]
 
     def finished(self, batch: Batch) -> Batch:
+        """A batch of the loader as the objective sees it."""
         self.problems.extend(batch.problems)
         return finish(batch, self.job.objective.request, self.accelerator.device, image_dtype(self.job.config.compute))
 
@@ -465,9 +466,9 @@ class Trainer:
         self.skipped.fill_(found.state["skipped_steps"])
         self.unreadable = found.state["unreadable_samples"]
         self.parents = found.state["parents"]
-        self.rewinds = [(begin, end) for begin, end in found.state["rewinds"]]
-        if self.recorder is not None and found.state["recorder"] is not None:
-            self.recorder.load_state(found.state["recorder"], step)
+        self.rewinds = [(begin, end) for begin, end in found.state.get("rewinds", [])]  # not in those of older versions
+        if self.recorder is not None:
+            self.recorder.load_state(found.state.get("recorder"), step)
         if self.accelerator.is_main_process:
             self._mark_if_best(found.step, found.state["score"])  # a kill may have come between the two
 

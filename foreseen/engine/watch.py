@@ -39,7 +39,8 @@ def look(trainer: "Trainer", log: RunLog) -> int | None:
         streak = recorder.judge(record)
         if streak is None:
             continue
-        enough = streak.length == trainer.job.config.run.rewind_after
+        limit = trainer.job.config.run.rewind_after
+        enough = limit is not None and streak.length >= limit
         if enough or streak.length == 1:
             bundle = _leave_bundle(trainer, recorder, streak.first, log, at_any_rate=enough)
         if enough:
@@ -96,10 +97,10 @@ def _go_back(trainer: "Trainer", recorder: FlightRecorder, streak: Streak, bundl
         why = "no checkpoint was saved before them"
         if trainer.rewinds:
             why = "the run has gone back once already, from step {} to {}".format(*trainer.rewinds[0])
+        hint = f"foreseen replay {bundle} tells which samples and which module. " if bundle.is_dir() else ""
         raise BadInput(
-            f"{found}; and {why}: it stops. foreseen replay {bundle} tells which samples and which module; then lower "
-            "optim.base_lr, lengthen the warm-up, set optim.clip_grad or compute.precision=fp32, in another run.dir. "
-            "run.rewind_after=null goes on in this one regardless"
+            f"{found}; and {why}: it stops. {hint}Lower optim.base_lr, lengthen the warm-up, set optim.clip_grad or "
+            "compute.precision=fp32, in another run.dir. run.rewind_after=null goes on in this one regardless"
         )
     if trainer.accelerator.is_main_process:
         trainer.checkpoints.drop_after(good)
