@@ -75,6 +75,13 @@ def test_a_replay_of_mae_names_the_picture_that_is_not_finite(recipe: Recipe, sp
     assert before == sorted(path for path in bundle.parents[1].rglob("*") if bundle not in path.parents)
 
 
+@pytest.mark.slow
+def test_a_healthy_run_of_mae_leaves_no_bundle(recipe: Recipe, tmp_path: Path) -> None:
+    overrides = recipe(run__steps=250, optim__warmup_steps=100, batch__global_size=8)
+    assert _foreseen("pretrain", "mae_cpu_minutes", *overrides).exit_code == 0
+    assert not (tmp_path / "run/bundles").exists()
+
+
 def test_a_replay_of_fine_tuning_elsewhere_leaves_the_bundle_alone(
     recipe: Recipe, spoil: Any, small_shards: Path, tmp_path: Path
 ) -> None:
