@@ -7,7 +7,7 @@ import time
 import typer
 
 from foreseen import __version__
-from foreseen.commands import data, finetune, pretrain, probe, quickstart, recipes, results, verify_resume
+from foreseen.commands import data, finetune, pretrain, probe, quickstart, recipes, replay, results, verify_resume
 from foreseen.errors import BadInput
 from foreseen.printable import printable
 
@@ -27,6 +27,7 @@ app.command()(recipes.recipes)
 app.command()(pretrain.pretrain)
 app.command()(probe.probe)
 app.command()(finetune.finetune)
+app.command()(replay.replay)
 app.command()(results.results)
 app.command()(verify_resume.verify_resume)
 

@@ -51,6 +51,14 @@ class Run(Section):
     ledger: bool | Literal["pixels"] = False
     """Keep which samples each step consumed in `ledger/samples.npy`, 8 bytes each; "pixels" adds a checksum of the
     pixels, masks and labels made of each, which the loader workers take."""
+    recorder: int = Field(100, ge=0)
+    """Last steps whose numbers go into the bundle of a bad step; 0 judges none, writes no bundle, never goes back."""
+    explode_factor: float | None = Field(20.0, gt=1)
+    """A step is bad, too, if its gradient norm is so many times the median of the last 100 good steps, and above all
+    good steps of the run; null counts only steps that are not finite."""
+    rewind_after: int | None = Field(10, ge=1)
+    """After so many bad steps in a row the run goes back to the last good checkpoint and skips their data, once; the
+    second time it stops. Null only counts them."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

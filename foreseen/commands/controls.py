@@ -113,7 +113,8 @@ def make_plan(
     folder = config.run.dir
 
     def arm(name: str, title: str, base: "Config", **sections: dict[str, Any]) -> Arm:
-        run = sections.pop("run", {}) | {"dir": folder / name}
+        # A rate that diverges is a score here; it must not end the comparison.
+        run = sections.pop("run", {}) | {"dir": folder / name, "rewind_after": None}
         update: dict[str, Any] = {"run": base.run.model_copy(update=run)}
         for section, values in sections.items():
             update[section] = getattr(base, section).model_copy(update=values)

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from foreseen.config import Config
+    from foreseen.data.shards import ShardSet
+    from foreseen.data.subsets import Subsets
     from foreseen.engine.train import Job, Outcome
 
 
@@ -62,51 +64,71 @@ def run(config: "Config") -> "Outcome":
     Args:
         config: of the verb "finetune".
     """
+    from dataclasses import replace
+
     from foreseen.commands.session import open_shards, record_config, session
     from foreseen.data.loader import BatchBuilder, SweepDataset
-    from foreseen.data.subsets import labelled_subsets
-    from foreseen.engine.train import Job, train
-    from foreseen.errors import BadInput
-    from foreseen.finetune.methods import METHODS
-    from foreseen.handoff.encoder import parents_of
+    from foreseen.engine.train import train
 
     with session(config) as (accelerator, say):
         shards = open_shards(config, config.data.split, accelerator)
-        if shards.labels is None:
-            raise BadInput(
-                f"split {shards.split!r} of data.path {shards.place} has no labels; they come from class folders "
-                "(ROOT/class/*.jpg, and no picture outside one), from a column of a CSV (data.columns.label), or from "
-                "foreseen data pack SRC OUT --labels folder"
-            )
-        data = config.data
-        subsets = labelled_subsets(
-            shards.labels, validation_fraction=data.validation_fraction, shots=data.shots, seed=data.subset_seed
-        )
-        if not len(subsets.validation):
-            raise BadInput(
-                f"no class of data.path {shards.place} has two labels, so none can be set aside for validation"
-            )
+        subsets = _subsets(config, shards)
         _look_at_test(config, accelerator)
         config = config.with_length(len(subsets.train))
         record_config(config, accelerator)
-        num_classes = shards.num_classes
-        objective = METHODS[config.method.name].build(config, num_classes)
-        builder = BatchBuilder.configured(shards, objective.request, config)
-        judge = BatchBuilder.configured(shards, objective.evaluation_request(), config)
+        job = make_job(config, shards)
+        judge = BatchBuilder.configured(shards, job.objective.evaluation_request(), config)
         ranks, rank = accelerator.num_processes, accelerator.process_index
         size = config.batch.micro_size or max(1, config.batch.global_size // ranks)
         validation = SweepDataset(judge, size, rank=rank, ranks=ranks, subset=subsets.validation)
-        say(f"{len(subsets.train)} training and {len(subsets.validation)} validation samples, {num_classes} classes")
-        job = Job(
-            config, objective, builder, subset=subsets.train, validation=validation, choose_by="top1",
-            parents=parents_of(objective.encoder()),
-        )  # fmt: skip
+        say(
+            f"{len(subsets.train)} training and {len(subsets.validation)} validation samples, "
+            f"{shards.num_classes} classes"
+        )
+        job = replace(job, validation=validation, choose_by="top1")
         outcome = train(job, accelerator)
         if outcome.preempted:
             say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
         else:
             _finish(job, outcome, accelerator, size)
     return outcome
+
+
+def make_job(config: "Config", shards: "ShardSet") -> "Job":
+    """What a run is made of, but for the samples that it chooses by; `replay` makes it, too.
+
+    Args:
+        config: of the verb "finetune", its length resolved.
+        shards: to train on, with labels.
+    """
+    from foreseen.data.loader import BatchBuilder
+    from foreseen.engine.train import Job
+    from foreseen.finetune.methods import METHODS
+    from foreseen.handoff.encoder import parents_of
+
+    objective = METHODS[config.method.name].build(config, shards.num_classes)
+    builder = BatchBuilder.configured(shards, objective.request, config)
+    parents = parents_of(objective.encoder())
+    return Job(config, objective, builder, subset=_subsets(config, shards).train, parents=parents, verb="finetune")
+
+
+def _subsets(config: "Config", shards: "ShardSet") -> "Subsets":
+    from foreseen.data.subsets import labelled_subsets
+    from foreseen.errors import BadInput
+
+    if shards.labels is None:
+        raise BadInput(
+            f"split {shards.split!r} of data.path {shards.place} has no labels; they come from class folders "
+            "(ROOT/class/*.jpg, and no picture outside one), from a column of a CSV (data.columns.label), or from "
+            "foreseen data pack SRC OUT --labels folder"
+        )
+    data = config.data
+    subsets = labelled_subsets(
+        shards.labels, validation_fraction=data.validation_fraction, shots=data.shots, seed=data.subset_seed
+    )
+    if not len(subsets.validation):
+        raise BadInput(f"no class of data.path {shards.place} has two labels, so none can be set aside for validation")
+    return subsets
 
 
 def _look_at_test(config: "Config", accelerator: "Accelerator") -> None:

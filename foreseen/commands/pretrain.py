@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from foreseen.data.stream import TarStream
     from foreseen.data.views import Request
     from foreseen.engine.online_probe import OnlineProbe
-    from foreseen.engine.train import Outcome
+    from foreseen.engine.train import Job, Outcome
     from foreseen.handoff.encoder import Preprocessing
 
 
@@ -33,22 +33,22 @@ def run(config: "Config") -> "Outcome":
     Args:
         config: of the verb "pretrain".
     """
+    from dataclasses import replace
+
     from foreseen.commands.session import open_training_pictures, record_config, session
-    from foreseen.engine.train import Job, train
-    from foreseen.handoff.encoder import Preprocessing, parents_of, save_encoder
+    from foreseen.engine.train import train
+    from foreseen.handoff.encoder import Preprocessing, save_encoder
     from foreseen.handoff.lineage import describe_lineage
-    from foreseen.pretrain.methods import METHODS
 
     with session(config) as (accelerator, say):
         pictures = open_training_pictures(config, accelerator)
         config = config.with_length(len(pictures))
         record_config(config, accelerator)
-        objective = METHODS[config.method.name].build(config)
-        builder = _builder(config, pictures, objective.request)
+        job = make_job(config, pictures)
+        objective = job.objective
         seen = Preprocessing.of_view(objective.request.views[0])
         probe = _online_probe(config, pictures, seen, accelerator)
-        parents = parents_of(objective.encoder())
-        outcome = train(Job(config, objective, builder, probe=probe, parents=parents), accelerator)
+        outcome = train(replace(job, probe=probe), accelerator)
         if accelerator.is_main_process:
             if outcome.preempted:
                 say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
@@ -58,6 +58,22 @@ def run(config: "Config") -> "Outcome":
                 save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
                 say(f"encoder: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
     return outcome
+
+
+def make_job(config: "Config", pictures: "ShardSet | TarStream") -> "Job":
+    """What a run is made of, but for its probe; `replay` makes it, too.
+
+    Args:
+        config: of the verb "pretrain", its length resolved.
+        pictures: to train on.
+    """
+    from foreseen.engine.train import Job
+    from foreseen.handoff.encoder import parents_of
+    from foreseen.pretrain.methods import METHODS
+
+    objective = METHODS[config.method.name].build(config)
+    builder = _builder(config, pictures, objective.request)
+    return Job(config, objective, builder, parents=parents_of(objective.encoder()), verb="pretrain")
 
 
 def _builder(config: "Config", pictures: "ShardSet | TarStream", request: "Request") -> "Feeder":

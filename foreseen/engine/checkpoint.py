@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Checkpoints:
 
     def save(
         self, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any],
-        average: Mapping[str, Tensor] | None = None,
+        average: Mapping[str, Tensor] | None = None, stays: Callable[[int], bool] = lambda step: True,
     ) -> None:  # fmt: skip
         """Publish the checkpoint of a step, then drop those that retention no longer keeps.
 
@@ -74,6 +74,7 @@ class Checkpoints:
             model, optimizer: tensors by name.
             state: plain values.
             average: of the weights, for runs that keep one.
+            stays: the newest checkpoint of whose step this is true is kept besides the last and the best.
 
         Raises:
             BadInput: the disk is full or read-only; older checkpoints are intact.
@@ -104,15 +105,15 @@ class Checkpoints:
                 f"the checkpoint of step {step} cannot be written to {self.folder}: {reason}; "
                 "older checkpoints are intact, the run goes on from them once there is room"
             ) from error
-        self._retain()
+        self._retain(stays)
 
-    def newest_sound(self) -> int | None:
-        """The step of the newest checkpoint that verifies, or None where there is none at all.
+    def newest_sound(self, eligible: Callable[[int], bool] = lambda step: True) -> int | None:
+        """The step of the newest checkpoint that is eligible and verifies, or None where none is eligible.
 
         Raises:
             BadInput: there are some, and each is damaged.
         """
-        steps = self._steps(newest_first=True)
+        steps = [step for step in self._steps(newest_first=True) if eligible(step)]
         for step in steps:
             problem = self.find_damage(step)
             if problem is None:
@@ -132,6 +133,18 @@ class Checkpoints:
                 aside = self.folder / f"damaged-step-{newer}"
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(self.folder / f"step-{newer}", aside)
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints past a step, and the mark of the best if it is one of them.
+
+        The newest goes first: a run that is killed halfway goes on from one of the others, and comes to the same.
+        """
+        best = self.best
+        if best is not None and best[0] > step:
+            (self.folder / "best.json").unlink()
+        for later in self._steps(newest_first=True):
+            if later > step:
+                self._remove(self.folder / f"step-{later}")
 
     def find_damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, or None."""
@@ -190,10 +203,11 @@ class Checkpoints:
         names = (path.name for path in self.folder.iterdir()) if self.folder.is_dir() else ()
         return sorted((int(m[1]) for name in names if (m := _NAME.fullmatch(name))), reverse=newest_first)
 
-    def _retain(self) -> None:
-        best = self.best
-        for step in self._steps(newest_first=True)[self.keep_last :]:
-            if best is None or step != best[0]:
+    def _retain(self, stays: Callable[[int], bool]) -> None:
+        steps, best = self._steps(newest_first=True), self.best
+        kept = {next(filter(stays, steps), None), None if best is None else best[0]}
+        for step in steps[self.keep_last :]:
+            if step not in kept:
                 self._remove(self.folder / f"step-{step}")
 
     def _remove(self, folder: Path) -> None:

@@ -61,6 +61,12 @@ class Ledger:
                 table = every.transpose(0, 1).flatten(1).cpu().numpy()
                 self._files[kind].write(step - len(table), table + 1)
 
+    def forget(self, first: int, last: int) -> None:
+        """Take back the rows of the steps [first, last), of a run that went back and reads other samples for them."""
+        if self._accelerator.is_main_process:
+            for file in self._files.values():
+                file.write(first, np.zeros((last - first, self._shape[1]), dtype=np.int64))
+
 
 def read_ledger(run: Path, kind: str = SAMPLES) -> NDArray[np.int64]:
     """What a run consumed: [steps, global batch], -1 where it has not been yet.

@@ -83,13 +83,24 @@ class RunLog:
         self._total = total_steps
         if not speaks:
             return
+        self._folder = folder
+        self._open(start_step)
+        self._bar = _bar(total_steps, start_step) if sys.stdout.isatty() else None
+
+    def _open(self, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-        self._path = folder / "metrics.jsonl"
-        _drop_lines_after(self._path, start_step or -1)
-        self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (held until close)
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-        self._bar = _bar(total_steps, start_step) if sys.stdout.isatty() else None
+        path, events = self._folder / "metrics.jsonl", str(self._folder / "tensorboard")
+        _drop_lines_after(path, start_step or -1)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (held until close)
+        self._writer = SummaryWriter(events, purge_step=start_step + 1 if start_step else None)
+
+    def go_back(self, step: int) -> None:
+        """Drop the numbers of the steps past `step` updates, as a start from there would."""
+        if self._speaks:
+            self._file.close()
+            self._writer.close()
+            self._open(step)
 
     def scalars(self, step: int, values: dict[str, float], *, line: str | None = None) -> None:
         """Log numbers of a step (updates made); `line` is what a person reads."""

@@ -117,7 +117,8 @@ class SteppedOptimizer:
                 yield f"{_GROUP}/{number}/{what}", group[what]
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave; what is remembered since then is forgotten."""
+        self.optimizer.state.clear()
         for key, value in {**tensors, **numbers}.items():
             what, _, name = key.partition("/")
             if what == _GROUP:

@@ -22,6 +22,7 @@ from foreseen.data.feed import Feeder
 from foreseen.data.loader import SweepDataset
 from foreseen.data.views import finish
 from foreseen.engine.batch_statistics import KeptStatistics, batch_statistics
+from foreseen.engine.bundle import stream_shift
 from foreseen.engine.checkpoint import Checkpoint, Checkpoints
 from foreseen.engine.compiled import compile_advice, uncompiled
 from foreseen.engine.evaluate import evaluate
@@ -40,9 +41,11 @@ from foreseen.engine.objective import Objective, Progress
 from foreseen.engine.online_probe import OnlineProbe
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.preempt import Preemption
+from foreseen.engine.recorder import FlightRecorder
 from foreseen.engine.resume import check_same_run, describe_data, run_state
 from foreseen.engine.run_folder import clear_preempted, mark_preempted
 from foreseen.engine.unreadable import TRAINING, UnreadableList
+from foreseen.engine.watch import look
 from foreseen.engine.weight_average import WeightAverage
 from foreseen.errors import BadInput
 
@@ -63,6 +66,7 @@ class Job:
         choose_by: the validation number whose largest value marks the best checkpoint.
         probe: what judges the frozen encoder on the way, if anything does.
         parents: what the weights began from, each with its "source" and "weights_sha256"; see `parents_of`.
+        verb: the command that makes such jobs, so that `foreseen replay` can make it again.
     """
 
     config: Config
@@ -73,6 +77,7 @@ class Job:
     choose_by: str | None = None
     probe: OnlineProbe | None = None
     parents: Sequence[Mapping[str, Any]] = ()
+    verb: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
     """
     config, run = job.config, job.config.run
     with memory_advice("placing the weights", partial(advise_on_weights, config)):
-        trainer = _Trainer(job, accelerator)
+        trainer = Trainer(job, accelerator)
         step = trainer.restore()
     if accelerator.is_main_process:
         clear_preempted(run.dir)
@@ -141,9 +146,16 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
                 stopped = preemption.agreed(step)
                 ended = step == trainer.total_steps
                 evaluates = job.validation is not None and (ended or _every(run.eval_every or run.save_every, step))
-                saves = stopped or ended or evaluates or _every(run.save_every, step)
+                saves = stopped or ended or trainer.is_scheduled(step)
                 if saves or _every(run.log_every, step):
                     trainer.log(step, log)
+                    with trainer.meter.paused():
+                        good = look(trainer, log)
+                    if good is not None:
+                        step, batches = good, trainer.batches(good)
+                        if job.probe is not None:
+                            job.probe.recall(run.dir / "metrics.jsonl", accelerator)
+                        continue
                 with trainer.meter.paused():
                     if ended or _every(run.pictures_every or run.save_every, step):
                         trainer.show(step, first, log)
@@ -171,8 +183,12 @@ def _every(interval: int, step: int) -> bool:
     return step % interval == 0
 
 
-class _Trainer:
-    """The state of a run while it is being made, and what happens in one step."""
+class Trainer:
+    """The state of a run while it is being made, and what happens in one step.
+
+    Attributes:
+        rewinds: times that the run went back, from so many updates to so many; `watch` does it.
+    """
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         config = job.config
@@ -215,6 +231,9 @@ class _Trainer:
         self.problems: list[Problem] = []
         self.unreadable = UnreadableList(config.run.dir, accelerator)
         self.parents = job.parents
+        run = config.run
+        self.recorder = FlightRecorder(run.recorder, run.explode_factor) if run.recorder else None
+        self.rewinds: list[tuple[int, int]] = []
 
     def progress(self, step: int) -> Progress:
         config = self.job.config
@@ -228,8 +247,11 @@ class _Trainer:
         )
 
     def batches(self, step: int) -> Iterator[Batch]:
+        shift = stream_shift(self.rewinds)
         cuda = self.accelerator.device.type == "cuda"
-        return self.feed.batches(step, self.total_steps, workers=self.job.config.data.workers, pin_memory=cuda)
+        return self.feed.batches(
+            step + shift, self.total_steps + shift, workers=self.job.config.data.workers, pin_memory=cuda
+        )
 
     def settle_buckets(self) -> None:
         """Let DDP lay out its gradient buckets before the first step.
@@ -240,7 +262,7 @@ class _Trainer:
         """
         if self.layout.ranks == 1:
             return
-        batch = self._finished(self.feed.example())
+        batch = self.finished(self.feed.example())
         progress = self.progress(0)
         self.statistics.keep()
         for _ in range(2):
@@ -262,7 +284,9 @@ class _Trainer:
         waited_s = time.perf_counter() - waiting
         if self.ledger is not None:
             self.ledger.add(loaded)
-        micro_batches = [self._finished(batch) for batch in loaded]
+        if self.recorder is not None:
+            self.recorder.note(step, loaded)
+        micro_batches = [self.finished(batch) for batch in loaded]
 
         self.statistics.keep()
         with torch.no_grad(), self.autocast():
@@ -280,6 +304,9 @@ class _Trainer:
                 sums[name] = sums[name] + share if name in sums else share
 
         norm, finite = self._clip()
+        if self.recorder is not None:
+            scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.value}
+            self.recorder.add(step, {**sums, "grad_norm": norm, **scale}, finite)
         self.optimizer.step(step, finite)
         with torch.no_grad():
             self.statistics.put_back(finite)
@@ -295,7 +322,8 @@ class _Trainer:
         self.meter.add(shown, samples=self.layout.global_size, waited_s=waited_s)
         return micro_batches[0]
 
-    def _finished(self, batch: Batch) -> Batch:
+    def finished(self, batch: Batch) -> Batch:
+        """A batch of the loader as the objective sees it."""
         self.problems.extend(batch.problems)
         return finish(batch, self.job.objective.request, self.accelerator.device, image_dtype(self.job.config.compute))
 
@@ -409,6 +437,12 @@ class _Trainer:
         self._list(problems, "probe", log, lambda _: step)
         log.scalars(step, values, line=line)
 
+    def is_scheduled(self, step: int) -> bool:
+        """Whether a checkpoint is due after so many updates, whatever happens."""
+        run = self.job.config.run
+        evaluates = self.job.validation is not None and _every(run.eval_every or run.save_every, step)
+        return evaluates or _every(run.save_every, step)
+
     def save(self, step: int, score: float | None) -> None:
         """Publish a checkpoint; rank 0 writes, since no state differs between ranks."""
         if self.accelerator.is_main_process:
@@ -419,9 +453,15 @@ class _Trainer:
                 "unreadable_samples": sorted(self.unreadable.trained),
                 "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
                 "score": score,
+                "rewinds": self.rewinds,
+                "recorder": None if self.recorder is None else self.recorder.state(),
             }
             average = None if self.average is None else self.average.state()
-            self.checkpoints.save(step, self.job.objective.state_dict(), tensors, state, average)
+            # What the run would go back to stays, though others follow while it goes wrong or is told to stop.
+            streak = None if self.recorder is None else self.recorder.streak
+            last = step if streak is None else streak.first.step
+            good = lambda saved: saved <= last and self.is_scheduled(saved)  # noqa: E731
+            self.checkpoints.save(step, self.job.objective.state_dict(), tensors, state, average, good)
             self._mark_if_best(step, score)
         self.accelerator.wait_for_everyone()
 
@@ -432,20 +472,29 @@ class _Trainer:
 
     def restore(self) -> int:
         """Go on from the newest sound checkpoint of this run; returns the updates already made."""
-        newest: list[int | None] = [None]
         if self.accelerator.is_main_process:
             self.checkpoints.clean_leftovers()
-            newest = [self.checkpoints.newest_sound()]
-            if newest[0] is not None:
-                self.checkpoints.set_aside_newer(newest[0])
-        if self.layout.ranks > 1:
-            torch.distributed.broadcast_object_list(newest, src=0)
-        if newest[0] is None:
+        newest = self.newest_checkpoint(lambda step: True)
+        if newest is None:
             self.unreadable.recall(0)
             return 0
-        found = self.checkpoints.load(newest[0])
+        if self.accelerator.is_main_process:
+            self.checkpoints.set_aside_newer(newest)
+        self.load(newest)
+        return newest
+
+    def newest_checkpoint(self, eligible: Callable[[int], bool]) -> int | None:
+        """The step of the newest sound one among some; rank 0 looks for all."""
+        newest = [self.checkpoints.newest_sound(eligible) if self.accelerator.is_main_process else None]
+        if self.layout.ranks > 1:
+            torch.distributed.broadcast_object_list(newest, src=0)
+        return newest[0]
+
+    def load(self, step: int) -> None:
+        """Take the state of a checkpoint of this run."""
+        found = self.checkpoints.load(step)
         try:
-            return self._take_up(found)
+            self._take_up(found)
         except (BadInput, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -453,7 +502,7 @@ class _Trainer:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise BadInput(f"the checkpoint {where} is not what this run saved ({reason}); delete it") from error
 
-    def _take_up(self, found: Checkpoint) -> int:
+    def _take_up(self, found: Checkpoint) -> None:
         check_same_run(self.job.config, self.job.builder.shards, self.feed.order_name, self.job.parents, found.state)
         self.job.objective.load_state_dict(found.model)
         self.optimizer.load_state(found.optimizer, found.state["optimizer"])
@@ -465,9 +514,11 @@ class _Trainer:
         self.skipped.fill_(found.state["skipped_steps"])
         self.unreadable.recall(found.step, found.state["unreadable_samples"])
         self.parents = found.state["parents"]
+        self.rewinds = [(begin, end) for begin, end in found.state.get("rewinds", [])]  # not in those of older versions
+        if self.recorder is not None:
+            self.recorder.load_state(found.state.get("recorder"), found.step)
         if self.accelerator.is_main_process:
             self._mark_if_best(found.step, found.state["score"])  # a kill may have come between the two
-        return found.step
 
 
 def load_best(job: Job, outcome: Outcome) -> Checkpoint:

@@ -200,7 +200,7 @@ class IBOT(Objective):
     def stratified_mask(self, batch: Batch, progress: Progress) -> Tensor:
         """Half of the global batch's 2G crops are masked, their ratios one from each of G slices of [0.1, 0.5]."""
         size = progress.shares * len(batch)
-        place = batch.position - progress.step * size
+        place = batch.position % size  # of a step that may have been passed over, so not by its number
         slots = keyed_permutation(progress.key(place.device), "mask ratio", 2 * size)[0]
         slot = slots[torch.cat([place, size + place])]
         keys = crop_keys(batch, "mask", 2)

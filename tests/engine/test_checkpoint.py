@@ -33,6 +33,25 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert found.state == {"numbers": [1, 2], "step": 7}
 
 
+def test_going_back_drops_the_later_ones_and_the_mark_of_the_best_among_them(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=9)
+    for step in range(1, 6):
+        _save(checkpoints, step)
+    checkpoints.mark_best(2, 0.9)
+    checkpoints.drop_after(3)
+    assert (checkpoints.newest_sound(), checkpoints.best) == (3, (2, 0.9))
+    checkpoints.drop_after(1)
+    assert (_steps(checkpoints), checkpoints.best) == (["step-1"], None)
+
+
+def test_the_newest_that_is_good_stays_though_others_follow(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    for step in range(1, 6):
+        checkpoints.save(step, {}, {}, {}, stays=lambda saved: saved <= 2)
+    assert _steps(checkpoints) == ["step-2", "step-5"]
+    assert checkpoints.newest_sound(lambda saved: saved < 5) == 2
+
+
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     for step in range(1, 6):

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,10 +14,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from foreseen.config import Config
 from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.loader import BatchBuilder, StreamDataset
 from foreseen.data.views import finish
+from foreseen.engine import recorder
+from foreseen.engine.bundle import Bundle, read_bundle
 from foreseen.engine.objective import Objective, Progress
+from foreseen.engine.replay import Replay, config_for, replay
+from foreseen.engine.train import Job
 from tests.engine import two_ranks
 from tests.engine.driver import (
     CLIP,
@@ -158,6 +163,56 @@ def test_ways_to_compute_change_nothing_on_two_ranks(
 def test_a_centre_that_one_rank_makes_alone_shows_in_the_losses(two_rank_runs: Path) -> None:
     run = two_ranks.history(two_rank_runs / "CentreOfOneRank-8")
     assert loss_distance(whole_run(CentredIBOT), run) > 1e-6
+
+
+@pytest.mark.slow
+def test_two_ranks_go_back_as_one_process_does_and_leave_a_bundle_for_one(
+    two_rank_runs: Path, tmp_path: Path, own: Accelerator
+) -> None:
+    folder = two_rank_runs / "GoesWrong"
+    run, other_rank = two_ranks.history(folder), two_ranks.history(folder, rank=1)
+    two_ranks.run(two_ranks.GoesWrong, tmp_path, GLOBAL_SIZE, own, **two_ranks.GOING_WRONG)
+    whole = two_ranks.history(tmp_path)
+    assert len(whole.losses) == STEPS
+    assert loss_distance(whole, run) < 1e-12
+    assert weight_distance(whole, run) < 1e-10
+    assert all(torch.equal(value, other_rank.state[key]) for key, value in run.state.items())
+    bundle, result = replay_in_memory(folder / "bundles/step-3", two_ranks.GoesWrong, own)
+    assert (bundle.ranks, result.differs, result.is_reproduced) == (2, ("ranks was 2 and is 1",), True)
+    assert [group.samples for group in result.outlying] == [tuple(sample.name for sample in bundle.samples[:2])]
+    assert read_bundle(tmp_path / "bundles/step-3").samples == bundle.samples
+
+
+@pytest.mark.parametrize("make", SKELETONS.values(), ids=SKELETONS)
+def test_a_step_of_any_method_is_made_again_from_its_bundle(
+    make: type[Objective], tmp_path: Path, own: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "HISTORY", 2)
+
+    class Loud(make):  # type: ignore[misc, valid-type]
+        def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
+            losses = super().forward(batch, prepared, progress)
+            return losses | {"loss": losses["loss"] * 1e4} if progress.step == 4 else losses
+
+    two_ranks.run(Loud, tmp_path, 4, own, save_every=2)
+    bundle, result = replay_in_memory(tmp_path / "bundles/step-4", Loud, own)
+    assert (bundle.reason, result.begun_at, result.is_equal) == ("exploding", 4, True)
+    assert result.groups is not None
+    # The mean over the smallest groups is the loss of the global batch, whatever the method counts and balances.
+    assert sum(group.loss for group in result.groups) / len(result.groups) == pytest.approx(
+        bundle.ring[-1].values["loss"], rel=1e-12
+    )
+
+
+def replay_in_memory(folder: Path, make: Callable[[], Objective], accelerator: Accelerator) -> tuple[Bundle, Replay]:
+    """Replay a bundle of `two_ranks.run`."""
+    bundle = read_bundle(folder)
+    config = config_for(bundle, Config.model_validate(bundle.run["config"]))
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
+    torch.manual_seed(SEED)
+    objective = make()
+    job = Job(config, objective, BatchBuilder(Pictures(), objective.request, SEED))
+    return bundle, replay(job, bundle, accelerator, print, keep=False)
 
 
 @pytest.mark.parametrize("make", [IBOT, CentredIBOT])

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foreseen.config import BatchSize, Compute, Config, Data, MethodOptions, Model, Optim, Run
+from foreseen.data.batch import Batch
 from foreseen.data.loader import BatchBuilder
 from foreseen.engine.launch import start
-from foreseen.engine.objective import Objective
+from foreseen.engine.objective import Objective, Progress
 from foreseen.engine.train import Job, Outcome, train
 from tests.engine.driver import GLOBAL_SIZE, OPTIM, SEED, STEPS, History, Pictures
 from tests.engine.skeletons import IBOT, SKELETONS, CentredIBOT, Supervised
@@ -29,9 +31,21 @@ class CentreOfOneRank(CentredIBOT):
         return torch.cat([self.teacher_logits(x).flatten(0, -2) for x in bottlenecks]).mean(0)
 
 
+class GoesWrong(Supervised):
+    """Meets a loss that is not finite in two steps in a row, on another rank each."""
+
+    def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
+        losses = super().forward(batch, prepared, progress)
+        spoiled = sum(batch.position == place for place in (3 * GLOBAL_SIZE + 1, 5 * GLOBAL_SIZE - 1)).any()
+        return losses | {"loss": losses["loss"] * torch.where(spoiled, torch.nan, 1.0)}
+
+
+GOING_WRONG = {"save_every": 1, "rewind_after": 2}
+
+
 def run(
     make: Callable[[], Objective], folder: Path, micro_size: int, accelerator: Accelerator, *,
-    compute: Compute = EXACT, optim: Optim = OPTIM, save_every: int = STEPS,
+    compute: Compute = EXACT, optim: Optim = OPTIM, save_every: int = STEPS, rewind_after: int = 10,
 ) -> Outcome:  # fmt: skip
     """Run an objective through the real loop, and leave its state at the end in `rank-<n>.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +61,7 @@ def run(
             log_every=1,
             keep_last=STEPS,
             save_every=save_every,
+            rewind_after=rewind_after,
         ),
         data=Data(workers=0),
         model=Model(name="tiny"),
@@ -89,6 +104,7 @@ def main(out: Path) -> None:
             run(make, out / f"{name}-{micro_size}", micro_size, accelerator)
     for name, (make, compute, optim) in VARIANTS.items():
         run(make, out / name, 4, accelerator, compute=compute, optim=optim)
+    run(GoesWrong, out / GoesWrong.__name__, 4, accelerator, **GOING_WRONG)
     accelerator.end_training()
 
 
