@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
+from foreseen.data.arrays import map_array
 from foreseen.data.cache import cache_folder
 from foreseen.data.manifest import FILE_NAME, Split, read_manifest
 from foreseen.data.shards import INDEX_ROW, ShardSet, find_split, index_digest
@@ -125,9 +124,9 @@ def _fetch_array(remote: Any, entry: Split, folder: Path, say: Callable[[str], N
         say(f"fetching the index of {entry.samples:,} samples from {remote.place}, once")
         part = _fetch_file(remote, entry.index, folder, entry.samples * INDEX_ROW.itemsize)
         try:
-            found = index_digest(np.load(part, mmap_mode="r" if entry.samples else None, allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            raise BadInput(f"{remote.place}: {entry.index} cannot be read ({error}): publish the set again") from None
+            found = index_digest(map_array(part, INDEX_ROW, entry.samples))
+        except BadInput as error:
+            raise BadInput(f"{remote.place}: {entry.index} cannot be used: {error}") from None
         if found != entry.index_digest:
             raise BadInput(
                 f"{remote.place}: {entry.index} is not the one that {FILE_NAME} names (its digest differs), as while a "

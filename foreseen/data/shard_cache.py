@@ -154,7 +154,8 @@ class CachedStore:
                 return
             self._reserve(number, part, size)
             self._download(number, name, size)
-            os.replace(part, file)
+            with locked(self._root / _LOCK, waits=True):  # else who counts just then might see neither name
+                os.replace(part, file)
 
     def _reserve(self, number: int, part: Path, size: int) -> None:
         """Take the space for a shard, when there is as much below the limit."""

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
+from foreseen.data.arrays import map_table
 from foreseen.data.batch import Batch, BatchLayout
 from foreseen.errors import BadInput
 
@@ -79,12 +80,10 @@ def read_ledger(run: Path, kind: str = SAMPLES) -> NDArray[np.int64]:
         BadInput: the run keeps no ledger of that kind.
     """
     file = run / FOLDER / f"{kind}.npy"
-    try:
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    if not file.is_file():
         wanted = "true" if kind == SAMPLES else "pixels"
-        raise BadInput(f"{file} cannot be read ({error}): a run keeps it with run.ledger={wanted}") from None
-    numbers: NDArray[np.int64] = found.astype(np.int64) - 1
+        raise BadInput(f"there is no {file}: a run keeps it with run.ledger={wanted}")
+    numbers: NDArray[np.int64] = map_table(file, np.dtype("<u8")).astype(np.int64) - 1
     return numbers
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from foreseen import cli
 from foreseen.data.shards import ShardSet
-from tests.commands.test_two_processes import _finish, _launch
+from tests.commands.test_two_processes import finish, launched
 from tests.damage import samples_of, with_a_shard_of_garbage
 
 Recipe = Callable[..., list[str]]
@@ -75,7 +75,7 @@ def test_two_ranks_list_and_learn_what_one_does(damaged: Path, recipe: Recipe, t
     exact = {"compute__precision": "fp64", "batch__micro_size": 4}
     folders = [tmp_path / f"ranks{ranks}" for ranks in (1, 2)]
     for ranks, folder in enumerate(folders, start=1):
-        _finish(_launch(recipe(**long, **exact, run__dir=folder), ranks=ranks))
+        finish(recipe(**long, **exact, run__dir=folder), ranks=ranks)
     one, two = ((folder / "unreadable.jsonl").read_bytes() for folder in folders)
     assert one == two != b""
     lines = [
@@ -89,9 +89,9 @@ def test_two_ranks_list_and_learn_what_one_does(damaged: Path, recipe: Recipe, t
 @pytest.mark.slow
 def test_past_the_limit_both_ranks_stop_with_one_sentence(damaged: Path, recipe: Recipe, tmp_path: Path) -> None:
     strict = SHORT | {"run__steps": 40, "data__path": damaged, "data__max_bad_fraction": 0.01}
-    job = _launch(recipe(**strict, batch__micro_size=4), ranks=2)
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode != 0
+    with launched(recipe(**strict, batch__micro_size=4), ranks=2) as job:
+        assert job.wait(300) != 0
+        output = job.output()
     (sentence,) = [line for line in output.splitlines() if line.startswith("foreseen: ")]
     assert "of the 37 samples trained on cannot be read" in sentence
     assert f"{tmp_path / 'run' / 'unreadable.jsonl'} lists them" in sentence

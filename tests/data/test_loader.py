@@ -271,4 +271,5 @@ def test_a_picture_larger_than_any_may_be_is_replaced_before_it_is_read(small_sh
     np.save(folder / "train.index.npy", index)
     batch = stream(ShardSet.open(folder, "train"), subset=np.array([7, 8], dtype=np.int64))[0]
     assert set(batch.sample.tolist()) == {8}
-    assert "sample 7 has 4,294,967,295 bytes by the index, more than the 67,108,864 allowed" in batch.problems[0]
+    (reason,) = {problem.reason for problem in batch.problems}
+    assert "sample 7 (key 000000007) has 4,294,967,295 bytes, more than the 67,108,864 allowed" in reason

@@ -140,9 +140,9 @@ def test_only_pictures_are_taken_from_a_tar(http: Http, tmp_path: Path, small_sh
     )  # fmt: skip
     shards = opened(f"{http.url}/odd.tar")
     assert names(shards) == ["a.jpg", "sub/c.jpg", "d.png", "e.jpg"]
-    found = batches(shards, 0, 3)
-    assert {problem.partition(": ")[2] for batch in found for problem in batch.problems} == {
-        "d.png: it is text and no picture, it begins with 'broken'"
+    problems = {problem for batch in batches(shards, 0, 3) for problem in batch.problems}
+    assert {(problem.key, problem.reason) for problem in problems} == {
+        ("odd.tar: d.png", "it is text and no picture, it begins with 'broken'")
     }
 
 

@@ -63,7 +63,7 @@ def test_what_stands_in_for_an_unreadable_sample_is_what_the_ledger_names(small_
 
 def test_a_run_without_a_ledger_says_how_to_keep_one(small_shards: Path, tmp_path: Path) -> None:
     run(small_shards, configure(tmp_path))
-    with pytest.raises(BadInput, match=r"samples.npy cannot be read .* run.ledger=true"):
+    with pytest.raises(BadInput, match=r"there is no .*samples.npy: a run keeps it with run.ledger=true"):
         read_ledger(tmp_path)
 
 

@@ -362,7 +362,7 @@ def _read_run_json(data: bytes, folder: Path) -> None:
     for file in (folder / "environment.json", folder / "checkpoints/best.json"):
         file.write_bytes(data)
     checkpoints = Checkpoints(folder / "checkpoints", 3)
-    assert checkpoints.newest_sound() is None, "its checksums are zeros"
+    assert checkpoints.find_damage(3) is not None, "its checksums are zeros"
     checkpoints.load(3)
     _drop_lines_after(folder / "metrics.jsonl", 3)
     unreadable = UnreadableList(folder, _accelerator())

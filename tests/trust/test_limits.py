@@ -151,7 +151,8 @@ def test_json_bombs_are_sentences_everywhere(bomb: str, own_shards: Path, recipe
     folder = tmp_path / "run/checkpoints/step-2"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(bomb, encoding="utf-8")
-    assert Checkpoints(folder.parent, 3).newest_sound() is None
+    with pytest.raises(BadInput, match="checkpoints in .* are damaged"):
+        Checkpoints(folder.parent, 3).newest_sound()
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_a_shard_that_is_a_link_to_another_file_gives_no_pixels_of_it(own_shards
     shards = ShardSet.open(own_shards, "train")
     with pytest.raises(BadInput, match=r"bytes and not the"):
         shards.check_sizes()
-    with pytest.raises(CorruptSample):
+    with pytest.raises(BadInput, match="train-000000.tar has changed under this run"):
         shards.read(0)
 
 
@@ -265,7 +266,7 @@ def test_a_folder_source_follows_links_to_pictures_and_passes_over_what_is_no_fi
     os.mkfifo(folder / "pipe.jpg")
     samples = FolderSource(folder).read().splits["train"]
     assert [sample.name for sample in samples] == ["linked.jpg", "more/a.jpg", "passwd.jpg"]
-    with pytest.raises(DecodeError, match="no picture in a format that is read"):
+    with pytest.raises(DecodeError, match="it is text and no picture"):
         decode(samples[2].image.read())
 
 

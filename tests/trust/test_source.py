@@ -19,7 +19,12 @@ FORBIDDEN_MODULES = {
 }  # fmt: skip
 ALLOWED_IMPORTS = {
     ("foreseen/data/pets.py", "urllib.request"): "`data pets` downloads two archives from one fixed address",
+    ("foreseen/data/cifar.py", "pickle"): "an unpickler in which every class and function is an inert stand-in",
+    ("foreseen/data/http_ranges.py", "aiohttp"): "reads the URL that a user gives as data.path or data.shards_at",
+    ("foreseen/data/stream.py", "subprocess"): "runs `pipe:COMMAND` if data.allow_shell_urls says so",
+    ("foreseen/commands/launched.py", "subprocess"): "`verify-resume` starts foreseen itself, without a shell",
 }
+ALLOWED_FAULTS = {("foreseen/data/stream.py", "has shell=True"): "`pipe:COMMAND`, if data.allow_shell_urls says so"}
 FORBIDDEN_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp", "os.spawnl",
     "yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.jit.load", "torch.hub.load", "np.fromstring",
@@ -69,7 +74,7 @@ def test_a_file_imports_and_calls_nothing_that_trust_forbids(file: Path) -> None
     place = str(file.relative_to(ROOT))
     imported = {module for module in _imports(tree) if _is_forbidden(module)}
     assert {module for module in imported if (place, module) not in ALLOWED_IMPORTS} == set()
-    assert list(_faults(tree)) == []
+    assert [fault for fault in _faults(tree) if (place, fault.split(" ", 2)[2]) not in ALLOWED_FAULTS] == []
 
 
 def test_every_exception_is_still_needed() -> None:
