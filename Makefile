@@ -16,9 +16,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The full matrices, by hand: everything, one process, nothing skipped but what needs a GPU.
+# The full matrices, by hand: everything but what needs a GPU, and more of the fuzzer.
 proof: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	FORESEEN_FUZZ=2000 $(BIN)/python -m pytest -n 2 -m "not gpu"
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foreseen needs Python 3.11 or newer: make PYTHON=python3.12 ...")'

@@ -142,7 +142,7 @@ def test_only_pictures_are_taken_from_a_tar(http: Http, tmp_path: Path, small_sh
     assert names(shards) == ["a.jpg", "sub/c.jpg", "d.png", "e.jpg"]
     problems = {problem for batch in batches(shards, 0, 3) for problem in batch.problems}
     assert {(problem.key, problem.reason) for problem in problems} == {
-        ("odd.tar: d.png", "it is text and no picture, it begins with 'broken'")
+        (f"{http.url}/odd.tar: d.png", "it is text and no picture, it begins with 'broken'")
     }
 
 
