@@ -10,7 +10,7 @@ import argparse
 import io
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ SAMPLES, GLOBAL_SIZE, BATCHES = 100_000_000, 256, 4
 class Simulated:
     """As many samples as asked for, all of them one picture."""
 
-    path, split, labels = Path("simulated"), "train", None
+    place, split, labels = "simulated", "train", None
 
     def __init__(self) -> None:
         out = io.BytesIO()
@@ -35,12 +35,9 @@ class Simulated:
     def __len__(self) -> int:
         return SAMPLES
 
-    def read(self, sample: int) -> bytes:
-        assert 0 <= sample < SAMPLES
-        return self._picture
-
-    def describe(self, sample: int) -> str:
-        return f"sample {sample}"
+    def read_many(self, samples: Sequence[int], *, max_bytes: int) -> Iterator[bytes]:
+        assert all(0 <= sample < SAMPLES for sample in samples)
+        return (self._picture for _ in samples)
 
 
 def seconds_until_batches(first_sample: int, workers: int) -> float:

@@ -1,11 +1,12 @@
-"""What the flight recorder costs, as a share of a training step.
+"""What the flight recorder, the ledger and checkpoints cost, as a share of training steps.
 
-    python benchmarks/recorder.py [--recipe mae_cpu_minutes] [--rounds 20] [key=value ...]
+    python benchmarks/bookkeeping.py [--recipe mae_cpu_minutes] [--rounds 20] [key=value ...]
 
 Steps of the real loop on batches held in memory, in blocks of `run.log_every`, with and without the recorder in turns
 in one process; a block with it ends in reading and judging its steps. Compare the ratio, not the times. Beside it the
 recorder's own calls are timed, on the host: the ratio of two long times says little of a small difference. On a CPU the
-process's own time is taken, which other work on the machine moves less.
+process's own time is taken, which other work on the machine moves less. The ledger's calls are timed alike. A checkpoint
+is timed by the clock, since it waits for the disk; its share is that of the steps between two of them, `run.save_every`.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from foreseen.commands.verbs import load_recipe
 from foreseen.data.procedural import write_procedural_pets
 from foreseen.data.shards import ShardSet
 from foreseen.engine.launch import start
+from foreseen.engine.ledger import Ledger
 from foreseen.engine.recorder import FlightRecorder
 from foreseen.engine.train import Job, Trainer
 
@@ -55,7 +57,7 @@ def measure(job: Job, accelerator: Accelerator, rounds: int) -> tuple[float, flo
     """Seconds of a step, the ratio of steps with and without the recorder, and the recorder's own share of a step."""
     trainer = Trainer(job, accelerator)
     recorder = TimedRecorder(job.config.run.recorder, job.config.run.explode_factor)
-    batch = trainer.stream[0]
+    batch = trainer.feed.example()
     job.objective.train()
     block, step = job.config.run.log_every, 0
     clock = time.perf_counter if accelerator.device.type == "cuda" else time.process_time
@@ -80,6 +82,38 @@ def measure(job: Job, accelerator: Accelerator, rounds: int) -> tuple[float, flo
     return spent, ratio, recorder.seconds / (rounds * block) / spent
 
 
+def measure_ledger(job: Job, accelerator: Accelerator, rounds: int) -> float:
+    """Seconds that the ledger of samples takes of a step, its writing at the log among them."""
+    trainer = Trainer(job, accelerator)
+    block = job.config.run.log_every
+    ledger = Ledger(job.config.run.dir, trainer.layout, rounds * block, accelerator, pixels=False)
+    batch = trainer.feed.example()
+    began = time.process_time()
+    for step in range(rounds * block):
+        ledger.add([batch])
+        if (step + 1) % block == 0:
+            ledger.write(step + 1)
+    return (time.process_time() - began) / (rounds * block)
+
+
+def measure_checkpoint(job: Job, accelerator: Accelerator) -> tuple[float, float]:
+    """Seconds by the clock of a step and of saving a checkpoint with its optimizer, medians of five."""
+    trainer = Trainer(job, accelerator)
+    batch = trainer.feed.example()
+    job.objective.train()
+    steps, saves = [], []
+    for step in range(6):
+        _wait(accelerator)
+        began = time.perf_counter()
+        trainer.step(step, repeat(batch))
+        _wait(accelerator)
+        stepped = time.perf_counter()
+        trainer.save(step + 1, None)
+        steps.append(stepped - began)
+        saves.append(time.perf_counter() - stepped)
+    return statistics.median(steps[1:]), statistics.median(saves[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="mae_cpu_minutes")
@@ -95,7 +129,10 @@ def main() -> None:
         torch.manual_seed(config.seed)
         accelerator = start(config.compute)
         job = make_job(config, shards)
-        seconds, ratio, share = measure(replace(job, config=config), accelerator, args.rounds)
+        job = replace(job, config=config)
+        seconds, ratio, share = measure(job, accelerator, args.rounds)
+        ledger = measure_ledger(job, accelerator, args.rounds)
+        step, save = measure_checkpoint(job, accelerator)
     print(
         f"{args.recipe} {' '.join(args.overrides)}: {1e3 * seconds:.2f} ms a step of {config.batch.global_size}, "
         f"{torch.get_num_threads()} threads, {accelerator.device}; logged every {config.run.log_every} steps, "
@@ -103,6 +140,9 @@ def main() -> None:
     )
     print(f"  with the recorder / without: {ratio:.4f} (median of the rounds)")
     print(f"  the recorder's own calls: {share:.3%} of a step")
+    print(f"  the ledger's own calls: {ledger / seconds:.3%} of a step")
+    every = config.run.save_every
+    print(f"  a checkpoint every {every} steps: {save / (every * step):.3%} of these steps")
 
 
 if __name__ == "__main__":
