@@ -4,9 +4,10 @@
 
 Steps of the real loop on batches held in memory, in blocks of `run.log_every`, with and without the recorder in turns
 in one process; a block with it ends in reading and judging its steps. Compare the ratio, not the times. Beside it the
-recorder's own calls are timed, on the host: the ratio of two long times says little of a small difference. On a CPU the
-process's own time is taken, which other work on the machine moves less. The ledger's calls are timed alike. A checkpoint
-is timed by the clock, since it waits for the disk; its share is that of the steps between two of them, `run.save_every`.
+recorder's own calls are timed, on the host: the ratio of two long times says little of a small difference. On a CPU
+the process's own time is taken, which other work on the machine moves less. The ledger's calls are timed alike. A
+checkpoint is timed by the clock, since it waits for the disk; its share is that of the steps between two of them,
+`run.save_every`.
 """
 
 import argparse
