@@ -19,7 +19,7 @@ from foreseen.config import Config
 from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.loader import BatchBuilder, StreamDataset
 from foreseen.data.shards import ShardSet
-from foreseen.engine import checkpoint, loss_scale
+from foreseen.engine import loss_scale
 from foreseen.engine.bundle import MOST_BUNDLES, Bundle, read_bundle
 from foreseen.engine.checkpoint import Checkpoints
 from foreseen.engine.objective import Progress
@@ -27,7 +27,8 @@ from foreseen.engine.recorder import HISTORY, FlightRecorder, Record
 from foreseen.engine.replay import Group, Replay, config_for, outlying, replay
 from foreseen.engine.train import Job
 from foreseen.errors import BadInput
-from tests.engine.test_train import MeanColour, _lines, _weights, configure, run
+from tests.engine.test_checkpoint import sign
+from tests.engine.test_train import MeanColour, _lines, _weights, configure, damage, run
 
 SIZE = 16  # the global batch of `configure`
 Say = Callable[[str], None]
@@ -173,15 +174,10 @@ def test_bad_steps_in_a_row_send_the_run_back_past_their_data_once(
     checkpoints.drop_after(6)
     file = tmp_path / "other/checkpoints/step-6/state.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"rewinds": []', '"rewinds": [[9, 6]]'), encoding="utf-8")
-    _sign(file.parent)
+    sign(file.parent)
     _run(small_shards, other)
     assert _weights(tmp_path / "run", 12) == _weights(tmp_path / "other", 12)
     assert _lines(tmp_path / "run") == _lines(tmp_path / "other")
-
-
-def _sign(folder: Path) -> None:
-    digests = {path.name: checkpoint._digest(path) for path in folder.iterdir() if path.name != "manifest.json"}
-    (folder / "manifest.json").write_text(json.dumps({"files": digests}), encoding="utf-8")
 
 
 def test_the_second_time_the_run_stops_and_says_why(small_shards: Path, tmp_path: Path) -> None:
@@ -317,12 +313,7 @@ def test_where_links_fail_a_bundle_has_copies_and_outlives_the_checkpoint(
 
 
 def test_samples_that_stood_in_for_unreadable_ones_are_in_the_bundle(small_shards: Path, tmp_path: Path) -> None:
-    damaged = tmp_path / "damaged"
-    shutil.copytree(small_shards, damaged)
-    shard = next(damaged.glob("train*.tar"))
-    content = bytearray(shard.read_bytes())
-    content[1024:2024] = bytes(1000)
-    shard.write_bytes(content)
+    damaged = damage(small_shards, tmp_path / "damaged")
     config = configure(tmp_path / "run", data__max_bad_fraction=0.5, run__log_every=1)
     seen: list[Tensor] = []
     _run(damaged, config, nan_at=range(8), seen=seen)

@@ -27,6 +27,7 @@ from foreseen.engine.objective import Objective, Progress
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.train import Job, Outcome, train
 from foreseen.errors import BadInput
+from tests.engine.test_checkpoint import sign
 
 
 class MeanColour(Objective):
@@ -101,6 +102,16 @@ def run(shards: Path, config: Config, *, validate: bool = False, seed: int = 0, 
     return train(job, Accelerator(cpu=True))
 
 
+def damage(shards: Path, out: Path) -> Path:
+    """A copy of a set, one of whose tars has zeros in the place of its first picture."""
+    shutil.copytree(shards, out)
+    shard = next(out.glob("train*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[1024:2024] = bytes(1000)
+    shard.write_bytes(content)
+    return out
+
+
 def _weights(folder: Path, step: int) -> bytes:
     return b"".join((folder / f"checkpoints/step-{step}/{n}.safetensors").read_bytes() for n in ("model", "optimizer"))
 
@@ -168,8 +179,6 @@ def test_the_resume_test_would_notice_a_lost_place(
 def test_the_resume_test_would_notice_a_lost_state(small_shards: Path, tmp_path: Path, dropped: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    from foreseen.engine import checkpoint
-
     unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
     run(small_shards, configure(unbroken))
     shutil.copytree(unbroken, stopped)
@@ -182,13 +191,12 @@ def test_the_resume_test_would_notice_a_lost_state(small_shards: Path, tmp_path:
         optimizer = {key: torch.zeros_like(value) for key, value in optimizer.items()}
     save_file(model, folder / "model.safetensors")
     save_file(optimizer, folder / "optimizer.safetensors")
-    digests = {n: checkpoint._digest(folder / n) for n in ("model.safetensors", "optimizer.safetensors", "state.json")}
-    (folder / "manifest.json").write_text(json.dumps({"files": digests}), encoding="utf-8")
+    sign(folder)
     run(small_shards, configure(stopped))
     assert _weights(unbroken, 8) != _weights(stopped, 8)
 
 
-def test_accumulation_does_not_change_therun(small_shards: Path, tmp_path: Path) -> None:
+def test_accumulation_does_not_change_the_run(small_shards: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     results = []
@@ -304,13 +312,8 @@ def test_a_kill_between_saving_and_marking_forgets_no_score(
     assert best[0] == best[1]
 
 
-def test_unreadable_samples_are_replaced_and_too_many_stop_therun(small_shards: Path, tmp_path: Path) -> None:
-    damaged = tmp_path / "damaged"
-    shutil.copytree(small_shards, damaged)
-    shard = next(damaged.glob("train*.tar"))
-    content = bytearray(shard.read_bytes())
-    content[1024:2024] = bytes(1000)
-    shard.write_bytes(content)
+def test_unreadable_samples_are_replaced_and_too_many_stop_the_run(small_shards: Path, tmp_path: Path) -> None:
+    damaged = damage(small_shards, tmp_path / "damaged")
     generous = configure(tmp_path / "one", data__max_bad_fraction=0.5)
     assert run(damaged, generous).step == 8
     assert _lines(tmp_path / "one")[-1]["unreadable_samples"] > 0
