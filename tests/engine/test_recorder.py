@@ -22,11 +22,12 @@ from foreseen.data.shards import ShardSet
 from foreseen.engine import loss_scale
 from foreseen.engine.bundle import MOST_BUNDLES, Bundle, read_bundle
 from foreseen.engine.checkpoint import Checkpoints
+from foreseen.engine.job import Job
 from foreseen.engine.objective import Progress
 from foreseen.engine.recorder import HISTORY, FlightRecorder, Record
 from foreseen.engine.replay import Group, Replay, config_for, outlying, replay
-from foreseen.engine.train import Job
 from foreseen.errors import BadInput
+from tests.damage import with_a_shard_of_garbage
 from tests.engine.test_checkpoint import sign
 from tests.engine.test_train import MeanColour, _lines, _weights, configure, damage, run
 
@@ -248,6 +249,47 @@ def test_a_run_that_is_killed_while_it_goes_back_comes_to_the_same(
     _run(small_shards, configure(killed, **going), nan_at=range(7, 12))
     assert _weights(unbroken, 20) == _weights(killed, 20)
     assert _lines(unbroken)[-5:] == _lines(killed)[-5:]
+
+
+def test_what_could_not_be_read_is_listed_by_steps_of_the_run_that_went_back(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    damaged = with_a_shard_of_garbage(small_shards, tmp_path / "set", "train-000001.tar")
+    going = {
+        "run__steps": 18, "run__save_every": 6, "run__rewind_after": 8, "run__log_every": 1, "batch__global_size": 2,
+        "batch__micro_size": 2, "data__max_bad_fraction": 0.5,
+    }  # fmt: skip
+
+    def listed(name: str) -> list[tuple[int, int]]:
+        lines = (tmp_path / name / "unreadable.jsonl").read_text(encoding="utf-8").splitlines()
+        return [(line["step"], line["sample"]) for line in map(json.loads, lines)]
+
+    _run(damaged, configure(tmp_path / "run", **going), nan_at=(1,))  # steps 8 to 15 of two samples
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for name in ("checkpoints/step-18", "unreadable.jsonl"):
+        path = tmp_path / "again" / name
+        shutil.rmtree(path) if path.is_dir() else path.write_text("", encoding="utf-8")
+    _run(damaged, configure(tmp_path / "again", **going), nan_at=(1,))  # from step 12, after it went back
+    after = [(step, sample) for step, sample in listed("run") if step > 12]
+    assert after == [entry for entry in listed("again") if entry in after]
+    steps = [step for step, _ in listed("run")]
+    assert steps == sorted(steps)
+    assert 6 < steps[-1] <= 18
+    state = json.loads((tmp_path / "run/checkpoints/step-18/state.json").read_text(encoding="utf-8"))
+    assert state["rewinds"] == [[16, 6]]
+    assert {sample for _, sample in listed("run")} == set(state["unreadable_samples"])
+
+
+def test_a_bundle_without_a_sound_checkpoint_is_one_line_and_no_end(
+    small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_damage = Checkpoints.find_damage
+    monkeypatch.setattr(Checkpoints, "find_damage", lambda self, step: "a flipped bit" if step == 3 else None)
+    assert _run(small_shards, configure(tmp_path), nan_at=(4,)).step == 8
+    assert "its bundle cannot be written" in (said := capsys.readouterr().out)
+    assert "(all 1 checkpoints in" in said
+    assert "a flipped bit" in said
+    assert find_damage(Checkpoints(tmp_path / "checkpoints", 3), 8) is None
 
 
 def test_the_best_of_the_steps_that_are_abandoned_is_forgotten(small_shards: Path, tmp_path: Path) -> None:
