@@ -26,10 +26,11 @@ from foreseen.commands.pretrain import make_job
 from foreseen.commands.verbs import load_recipe
 from foreseen.data.procedural import write_procedural_pets
 from foreseen.data.shards import ShardSet
+from foreseen.engine.job import Job
 from foreseen.engine.launch import start
 from foreseen.engine.ledger import Ledger
 from foreseen.engine.recorder import FlightRecorder
-from foreseen.engine.train import Job, Trainer
+from foreseen.engine.trainer import Trainer
 
 
 class TimedRecorder(FlightRecorder):

@@ -11,6 +11,8 @@ import psutil
 
 _LAUNCHERS = frozenset({"accelerate", "accelerate-launch", "torchrun"})
 _LAUNCHING_MODULES = ("accelerate.commands.", "torch.distributed.run", "torch.distributed.launch")
+_NEAR = 3  # generations
+_FIRST_WORDS = 6  # interpreter, an option or two, -m, module; not what the job itself is told
 _LOOK_EVERY_S = 1.0
 _WATCH = "launcher's end"
 
@@ -31,23 +33,38 @@ def exit_with_the_launcher() -> None:
 
     A launcher that is killed by SIGKILL tells its ranks nothing, and they would hold the run folder for ever.
     """
-    launcher = os.getppid()
-    if _is_launcher(launcher) and not any(thread.name == _WATCH for thread in threading.enumerate()):
+    launcher = _find_launcher()
+    if launcher is not None and not any(thread.name == _WATCH for thread in threading.enumerate()):
         threading.Thread(target=_exit_without, args=(launcher,), name=_WATCH, daemon=True).start()
 
 
-def _is_launcher(process: int) -> bool:
+def _find_launcher() -> psutil.Process | None:
+    """The nearest launcher above; a script of the user's may stand between."""
     try:
-        words = psutil.Process(process).cmdline()[:4]  # interpreter, -m, module; not what the job itself is told
+        return next(filter(_is_launcher, psutil.Process().parents()[:_NEAR]), None)
+    except psutil.Error:
+        return None
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    try:
+        words = process.cmdline()[:_FIRST_WORDS]
     except psutil.Error:
         return False
     return any(Path(word).name in _LAUNCHERS or word.startswith(_LAUNCHING_MODULES) for word in words)
 
 
-def _exit_without(launcher: int) -> None:
-    while os.getppid() == launcher:
+def _exit_without(launcher: psutil.Process) -> None:
+    while _is_alive(launcher):
         time.sleep(_LOOK_EVERY_S)
     os._exit(1)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:  # a parent that takes no notice leaves a zombie
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _exit_at_the_end_of(sentinel: int) -> None:

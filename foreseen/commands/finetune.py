@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from foreseen.config import Config
     from foreseen.data.shards import ShardSet
     from foreseen.data.subsets import Subsets
-    from foreseen.engine.train import Job, Outcome
+    from foreseen.engine.job import Job, Outcome
 
 
 def finetune(
@@ -102,7 +102,7 @@ def make_job(config: "Config", shards: "ShardSet") -> "Job":
         shards: to train on, with labels.
     """
     from foreseen.data.loader import BatchBuilder
-    from foreseen.engine.train import Job
+    from foreseen.engine.job import Job
     from foreseen.finetune.methods import METHODS
     from foreseen.handoff.encoder import parents_of
 
@@ -157,8 +157,8 @@ def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: in
     from functools import partial
 
     from foreseen.data.batch import BatchLayout
+    from foreseen.engine.job import load_best
     from foreseen.engine.memory import advise_on_scores, memory_advice
-    from foreseen.engine.train import load_best
     from foreseen.handoff.encoder import Preprocessing, save_encoder
     from foreseen.handoff.lineage import describe_lineage
 

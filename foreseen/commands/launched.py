@@ -4,6 +4,7 @@ A launcher starts each rank in a session of its own, and ranks take their loader
 process groups nor parents tell who belongs to a job. An entry in the environment, which all of them inherit, does.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,8 +46,12 @@ class LaunchedJob:
     ) -> None:  # fmt: skip
         self.run, self.log, self.ranks = run, log, ranks
         self._id = uuid.uuid4().hex
-        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)]
-        launcher = [*launch, "--main_process_port", "0"] if ranks > 1 else []
+        # Nothing of a config of accelerate's own, which may be meant for several machines.
+        launch = [
+            "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks), "--num_machines", "1",
+            "--machine_rank", "0", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+        ]  # fmt: skip
+        launcher = launch if ranks > 1 else []
         self.command = [sys.executable, *launcher, "-m", "foreseen", *arguments]
         self._environment = os.environ | (environment or {}) | {_TAG: self._id}
         if on_cpu:
@@ -91,19 +96,26 @@ class LaunchedJob:
         return ranks
 
     def signal_one(self, number: signal.Signals, choose: random.Random) -> None:
-        """Send a signal to one rank."""
-        ranks = sorted(self.rank_processes(), key=lambda process: process.pid)
-        choose.choice(ranks).send_signal(number)
+        """Send a signal to one rank; none is sent where all have ended."""
+        if ranks := sorted(self.rank_processes(), key=lambda process: process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                choose.choice(ranks).send_signal(number)
 
-    def kill(self) -> None:
-        """SIGKILL every process at once, as a machine that loses power does, and wait until they are gone."""
-        while alive := self.processes():
+    def kill(self, known: Sequence[psutil.Process] = ()) -> None:
+        """SIGKILL every process at once, as a machine that loses power does, and wait until they are gone.
+
+        Args:
+            known: of `processes` a while ago, to be killed first: to find them takes longer than a short save.
+        """
+        while alive := known or self.processes():
+            known = ()
             for process in alive:
                 try:
                     process.kill()
                 except psutil.Error:
                     continue
-            psutil.wait_procs(alive, timeout=1)
+            # Not for the launcher: psutil would take its exit code away from us.
+            psutil.wait_procs([process for process in alive if process.pid != self.launcher.pid], timeout=1)
         self.launcher.wait()
 
     def kill_launcher(self) -> None:
@@ -128,21 +140,31 @@ class LaunchedJob:
         """The exit code of the launcher, at its end."""
         return self.launcher.wait(timeout_s)
 
-    def wait_for_step(self, step: int, timeout_s: float) -> bool:
-        """Wait until `step` updates are logged; False if the job ends or time runs out before."""
-        return self._wait(lambda: last_step(self.run) >= step, timeout_s)
+    def wait_while_it_moves(self, patience_s: float) -> int | None:
+        """The exit code of the launcher, at its end; None if no step is logged for so long."""
+        self._wait(lambda: False, patience_s, look_every_s=0.1)
+        return self.launcher.poll()
 
-    def wait_for_save(self, timeout_s: float) -> bool:
-        """Wait until a checkpoint is being written; False if the job ends or time runs out before."""
+    def wait_for_step(self, step: int, patience_s: float) -> bool:
+        """Wait until `step` updates are logged; False if the job ends before, or logs no step for so long."""
+        return self._wait(lambda: last_step(self.run) >= step, patience_s)
+
+    def wait_for_save(self, patience_s: float) -> bool:
+        """Wait until a checkpoint is being written; False if the job ends before, or logs no step for so long."""
         folder = self.run / "checkpoints"
-        return self._wait(lambda: any(name.startswith(".tmp-") for name in _names(folder)), timeout_s)
+        return self._wait(lambda: any(name.startswith(".tmp-") for name in _names(folder)), patience_s)
 
-    def _wait(self, happened: Any, timeout_s: float) -> bool:
-        began = time.monotonic()
+    def _wait(
+        self, happened: Callable[[], bool], patience_s: float, *, look_every_s: float = _LOOK_EVERY_S
+    ) -> bool:  # fmt: skip
+        seen, since = last_step(self.run), time.monotonic()
         while not happened():
-            if self.launcher.poll() is not None or time.monotonic() - began > timeout_s:
+            step, now = last_step(self.run), time.monotonic()
+            if step != seen:
+                seen, since = step, now
+            if self.launcher.poll() is not None or now - since > patience_s:
                 return False
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(look_every_s)
         return True
 
     def output(self) -> str:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from foreseen.data.shards import ShardSet
     from foreseen.data.stream import TarStream
     from foreseen.data.views import Request
+    from foreseen.engine.job import Job, Outcome
     from foreseen.engine.online_probe import OnlineProbe
-    from foreseen.engine.train import Job, Outcome
     from foreseen.handoff.encoder import Preprocessing
 
 
@@ -67,7 +67,7 @@ def make_job(config: "Config", pictures: "ShardSet | TarStream") -> "Job":
         config: of the verb "pretrain", its length resolved.
         pictures: to train on.
     """
-    from foreseen.engine.train import Job
+    from foreseen.engine.job import Job
     from foreseen.handoff.encoder import parents_of
     from foreseen.pretrain.methods import METHODS
 

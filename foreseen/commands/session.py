@@ -19,6 +19,7 @@ from foreseen.data.shards import ShardSet
 from foreseen.data.table import Columns
 from foreseen.data.urls import is_stream, is_url
 from foreseen.engine.launch import describe_devices, start
+from foreseen.engine.rank_zero import on_rank_zero
 from foreseen.engine.resume import check_same_config
 from foreseen.engine.run_folder import RunLock, describe_start, disk_trouble, record_start
 from foreseen.errors import BadInput
@@ -44,11 +45,12 @@ def session(config: Config) -> Iterator[tuple[Accelerator, Say]]:
     accelerator = start(config.compute)
     with ExitStack() as held:
         held.enter_context(disk_trouble(config.run.dir))
-        if accelerator.is_main_process:
+
+        def hold() -> None:
             held.enter_context(RunLock(config.run.dir))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
             record_start(config.run.dir, describe_start(describe_devices(accelerator)))
+
+        on_rank_zero(accelerator, hold)
         torch.manual_seed(config.seed)
         held.callback(_pack_once.cache_clear)  # it would keep the accelerator, and with that the model
         yield accelerator, accelerator.print

@@ -8,6 +8,9 @@ checksums of the pixels made of it, losses, gradient norms and weights.
 import json
 import random
 import re
+import shutil
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,8 +24,11 @@ if TYPE_CHECKING:
     from foreseen.commands.launched import LaunchedJob
     from foreseen.commands.verbs import Verb
     from foreseen.config import Config
+    from foreseen.engine.objective import Objective
 
-_TIMEOUT_S = 3600.0
+_PATIENCE_S = 3600.0  # without a step
+_STEPS_A_KILL = 4  # at the least: it waits for a step that is new, and some for the next save
+_RUNS = ("unbroken", "killed", "other-topology")
 
 
 def verify_resume(
@@ -32,10 +38,13 @@ def verify_resume(
     saves: Annotated[int | None, typer.Option(min=0, help="Kills in the middle of a save. Default: a third.")] = None,
     steps: Annotated[int | None, typer.Option(min=4, help="Length of each run. Default: 24, or 8 a kill.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Default: the GPUs, or two CPU processes.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the runs and verify.json; emptied first.")] = Path("verify"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the runs and verify.json; those of an earlier time are removed.")
+    ] = Path("verify"),
     seed: Annotated[int, typer.Option(help="Of the moments of the kills.")] = 0,
 ) -> None:
     """Kill a job at random and run it on another topology; exit 0 if every run came out the same, else 1."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else the jobs would go on alone
     plan = make_plan(recipe, overrides or [], kills=kills, saves=saves, steps=steps, ranks=ranks, out=out, seed=seed)
     verdict = verify(plan)
     print(verdict.text())
@@ -136,12 +145,10 @@ def make_plan(
     Raises:
         BadInput: there is no such recipe, or its global batch cannot be cut in two ways.
     """
-    import torch
-
     from foreseen.errors import BadInput
 
     verb, config = _find(recipe, overrides)
-    gpus = torch.cuda.device_count()
+    gpus = _count_gpus()
     ranks = ranks or (gpus or 2)
     if gpus and ranks > gpus:
         raise BadInput(f"--ranks is {ranks}, and this machine has {gpus} GPUs")
@@ -149,18 +156,13 @@ def make_plan(
     saves = kills // 3 if saves is None else saves
     if saves > kills:
         raise BadInput(f"--saves is {saves}, more than the {kills} of --kills")
-    cuts = [share for share in (2, 1) if size % (ranks * share) == 0]
-    if not cuts:
-        raise BadInput(f"batch.global_size {size} is no multiple of {ranks} ranks: give another --ranks")
-    usual = Topology(ranks, cuts[0], max(1, config.data.workers))
-    other_ranks = 1 if ranks > 1 or not gpus else ranks
-    other_cut = next((share for share in (4, 2, 1) if size % (other_ranks * share) == 0), 1)
-    other = Topology(other_ranks, other_cut, usual.workers + 2)
-    if (other.ranks, other.accumulation) == (usual.ranks, usual.accumulation):
-        raise BadInput(f"batch.global_size {size} cannot be cut in two ways: take a multiple of 4")
+    if steps < _STEPS_A_KILL * kills:
+        raise BadInput(f"--steps is {steps}, too few for {kills} kills: give at least {_STEPS_A_KILL * kills}")
+    usual, other = _topologies(verb, config, ranks)
     warmup = max(1, steps // 4)
+    save_every = max(2, min(steps // 6, steps // (2 * kills)))
     shortened = [
-        f"run.steps={steps}", "run.epochs=null", f"run.save_every={max(2, steps // 6)}", "run.log_every=1",
+        f"run.steps={steps}", "run.epochs=null", f"run.save_every={save_every}", "run.log_every=1",
         f"run.eval_every={steps}", f"run.pictures_every={steps}", "run.keep_last=3", "run.ledger=pixels",
         "optim.warmup_epochs=null", f"optim.warmup_steps={warmup}", "probe.every=null",
     ]  # fmt: skip
@@ -168,29 +170,92 @@ def make_plan(
     return Plan(arguments, size, config.compute.precision, steps, usual, other, not gpus, kills, saves, out, seed)
 
 
+def _count_gpus() -> int:
+    """Those that jobs will use."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    return 0 if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.cuda.device_count()
+
+
+def _topologies(verb: "Verb", config: "Config", ranks: int) -> tuple[Topology, Topology]:
+    """Two cuts of a recipe's global batch, whose micro-batches differ and are no larger than the recipe's.
+
+    BatchNorm's statistics are over a micro-batch, so a network that has them keeps its size.
+    """
+    from foreseen.engine.batch_statistics import batch_statistics
+    from foreseen.errors import BadInput
+
+    objective = _build(verb, config)
+    size, most = config.batch.global_size, config.batch.micro_size or config.batch.global_size
+
+    def micro_sizes(share: int) -> list[int]:
+        return [m for m in range(objective.group, min(share, most) + 1, objective.group) if share % m == 0]
+
+    if size % ranks or not (fitting := micro_sizes(size // ranks)):
+        among = f" in groups of {objective.group}" if objective.group > 1 else ""
+        raise BadInput(f"batch.global_size {size} is no multiple of {ranks} ranks{among}: give another --ranks")
+    micro = max((m for m in fitting if m < size // ranks), default=fitting[-1])  # several of them, if it can be
+    workers = max(1, config.data.workers)
+    usual = Topology(ranks, size // (ranks * micro), workers)
+    other_ranks = max(count for count in range(1, max(1, ranks // 2) + 1) if size % count == 0)
+    other_micro = micro
+    if not batch_statistics(objective):
+        others = [m for m in micro_sizes(size // other_ranks) if m != micro]
+        other_micro = max((m for m in others if m < micro), default=min(others, default=micro))
+    elif (size // other_ranks) % micro:
+        other_ranks = ranks
+    other = Topology(other_ranks, size // (other_ranks * other_micro), workers + 2)
+    if (other.ranks, other.accumulation) == (usual.ranks, usual.accumulation) and not batch_statistics(objective):
+        raise BadInput(f"batch.global_size {size} cannot be cut in two ways: take a multiple of 4")
+    return usual, other
+
+
+def _build(verb: "Verb", config: "Config") -> "Objective":
+    """The objective of a recipe, without weights."""
+    import torch
+
+    from foreseen.finetune.methods import METHODS as finetuning
+    from foreseen.pretrain.methods import METHODS as pretraining
+
+    bare = config.model_copy(update={"model": config.model.model_copy(update={"init_from": None})})
+    name = config.method.name
+    with torch.device("meta"):
+        return pretraining[name].build(bare) if verb == "pretrain" else finetuning[name].build(bare, 10)
+
+
 def verify(plan: Plan) -> Verdict:
     """Make the three runs and compare them."""
-    import shutil
+    from foreseen.commands.compare_runs import check_epochs, check_moves, compare_other_topology, compare_same_topology
 
-    from foreseen.commands.compare_runs import check_epochs, compare_other_topology, compare_same_topology
-
-    shutil.rmtree(plan.out, ignore_errors=True)
+    _clear(plan.out)
     verdict = Verdict(plan)
     started = time.monotonic()
-    whole, killed, other = (plan.out / name for name in ("unbroken", "killed", "other-topology"))
+    whole, killed, other = (plan.out / name for name in _RUNS)
     print(f"unbroken: {plan.steps} steps of {plan.global_size} on {plan.usual}", flush=True)
     if _run_to_end(plan, plan.usual, whole, verdict):
+        verdict.add(*check_moves(whole))
         print(f"killed: {plan.kills} times, {plan.saves} of them in a save", flush=True)
         if _kill_and_go_on(plan, killed, verdict):
             verdict.add_all("killed", compare_same_topology(whole, killed, on_cpu=plan.on_cpu))
         print(f"another topology: {plan.other}", flush=True)
         if _run_to_end(plan, plan.other, other, verdict):
-            verdict.add_all("other topology", compare_other_topology(whole, other, precision=plan.precision))
+            compared = compare_other_topology(whole, other, precision=plan.precision, on_cpu=plan.on_cpu)
+            verdict.add_all("other topology", compared)
         verdict.add(*check_epochs(whole))
     print(f"took {time.monotonic() - started:.0f} s; runs and verify.json: {plan.out}")
     plan.out.mkdir(parents=True, exist_ok=True)
     verdict.save()
     return verdict
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier time left, or runs would go on from there, and nothing else that lies beside it."""
+    for name in _RUNS:
+        _log_of(out / name).unlink(missing_ok=True)
+        if (out / name).exists():
+            shutil.rmtree(out / name)
+    (out / "verify.json").unlink(missing_ok=True)
 
 
 def _find(recipe: str, overrides: Sequence[str]) -> "tuple[Verb, Config]":
@@ -218,7 +283,8 @@ def _start(plan: Plan, topology: Topology, run: Path) -> "LaunchedJob":
 
     micro_size = plan.global_size // (topology.ranks * topology.accumulation)
     arguments = [
-        *plan.arguments, f"run.dir={run}", f"batch.micro_size={micro_size}", f"data.workers={topology.workers}",
+        *plan.arguments, f"run.dir={json.dumps(str(run), ensure_ascii=False)}", f"batch.micro_size={micro_size}",
+        f"data.workers={topology.workers}",
     ]  # fmt: skip
     return LaunchedJob(arguments, run=run, log=_log_of(run), ranks=topology.ranks, on_cpu=plan.on_cpu)
 
@@ -230,29 +296,43 @@ def _log_of(run: Path) -> Path:
 
 def _run_to_end(plan: Plan, topology: Topology, run: Path, verdict: Verdict) -> bool:
     with _start(plan, topology, run) as job:
-        code = job.wait(_TIMEOUT_S)
-        if code:
-            last = job.output().strip().splitlines()[-1:] or ["it said nothing"]
-            verdict.add(False, f"the run on {topology} ended with exit code {code}: {last[0]} ({job.log})")
-        left = job.survivors()
+        code = job.wait_while_it_moves(_PATIENCE_S)
+        if code != 0:
+            verdict.add(False, f"the run on {topology} {_how_it_ended(job)}")
+        left = job.survivors() if code is not None else []
         if left:
             verdict.add(False, f"{len(left)} processes outlived the run on {topology}")
-    return not code
+    return code == 0
+
+
+def _how_it_ended(job: "LaunchedJob") -> str:
+    code = job.launcher.poll()
+    if code is None:
+        return f"made no step in {_PATIENCE_S:.0f} s ({job.log})"
+    last = job.output().strip().splitlines()[-1:] or ["it said nothing"]
+    return f"ended with exit code {code}: {last[0]} ({job.log})"
 
 
 def _kill_and_go_on(plan: Plan, run: Path, verdict: Verdict) -> bool:
     """Kill and start a run until it has been killed often enough, then let it end; whether it did."""
     choose = random.Random(plan.seed)
     in_save = set(choose.sample(range(plan.kills), plan.saves))
+    missed = 0
     for number in range(plan.kills):
         # Spread over the run, so that the kills find progress and leave steps for those that follow.
         step = round((number + choose.uniform(0.2, 0.9)) * (plan.steps - 1) / plan.kills)
+        wants_save = number in in_save or missed > 0
         with _start(plan, plan.usual, run) as job:
-            kill = _kill_at(job, max(1, step), number in in_save, choose)
+            kill = _kill_at(job, max(1, step), wants_save, choose)
             if kill is None:
-                verdict.add(False, f"kill {number + 1} came too late: the run ended before step {step} was seen")
+                ended = _how_it_ended(job)
+                if job.launcher.poll() == 0:
+                    ended = "came too late: the run was at its end; give more --steps, or fewer --kills"
+                verdict.add(False, f"kill {number + 1}, meant for step {step}: {ended}")
                 return False
             verdict.kills.append(kill)
+        # A save that was over before the kill came is made up for by a later one.
+        missed += (number in in_save) - (wants_save and kill["in_save"])
     if not _run_to_end(plan, plan.usual, run, verdict):
         return False
     output = _log_of(run).read_text(encoding="utf-8", errors="replace")
@@ -274,7 +354,10 @@ def _kill_at(job: "LaunchedJob", step: int, in_save: bool, choose: random.Random
     from foreseen.commands.launched import last_step
 
     before = last_step(job.run)
-    if not job.wait_for_step(max(step, before + 1), _TIMEOUT_S) or (in_save and not job.wait_for_save(_TIMEOUT_S)):
+    if not job.wait_for_step(max(step, before + 1), _PATIENCE_S):
+        return None
+    members = job.processes()
+    if in_save and not job.wait_for_save(_PATIENCE_S):
         return None
     victims = ["everything", "one rank", "the launcher"] if job.ranks > 1 else ["everything"]
     victim = "everything" if in_save else choose.choice(victims)
@@ -283,17 +366,9 @@ def _kill_at(job: "LaunchedJob", step: int, in_save: bool, choose: random.Random
     elif victim == "the launcher":
         job.kill_launcher()
     else:
-        job.kill()
+        job.kill(members)
     survivors = len(job.survivors())
+    if job.launcher.poll() == 0:
+        return None
     unfinished = sorted(path.name for path in (job.run / "checkpoints").glob(".*-*"))
     return {"victim": victim, "step": last_step(job.run), "in_save": bool(unfinished), "survivors": survivors}
-
-
-def _resumed(job: "LaunchedJob") -> list[int]:
-    return _resumed_in(job.output())
-
-
-def _resumed_in(output: str) -> list[int]:
-    import re
-
-    return [int(step) for step in re.findall(r"^going on from step (\d+)", output, flags=re.MULTILINE)]

@@ -97,8 +97,11 @@ class _NpyRows:
     def write(self, row: int, rows: NDArray[Any]) -> None:
         if not self._start:
             self._start = self._begin()
+        left, place = memoryview(rows.astype("<u8").tobytes()), self._start + row * self._shape[1] * 8
         with open(self._file, "r+b", buffering=0) as out:
-            os.pwrite(out.fileno(), rows.astype("<u8").tobytes(), self._start + row * self._shape[1] * 8)
+            while left:  # a disk that fills up takes a part, and only the next write fails
+                written = os.pwrite(out.fileno(), left, place)
+                left, place = left[written:], place + written
 
     def _begin(self) -> int:
         """Where the rows begin in the file, which is made, all zeros, unless it is there and has this shape."""

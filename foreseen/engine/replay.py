@@ -25,11 +25,13 @@ from foreseen.engine.batch_statistics import batch_statistics
 from foreseen.engine.bundle import Bundle, stream_shift
 from foreseen.engine.checkpoint import Checkpoints
 from foreseen.engine.compiled import uncompiled
+from foreseen.engine.job import Job
 from foreseen.engine.launch import describe_devices
 from foreseen.engine.recorder import Record
 from foreseen.engine.resume import check_same_run
 from foreseen.engine.run_folder import describe_start
-from foreseen.engine.train import Job, Trainer
+from foreseen.engine.saving import load, newest_checkpoint, save
+from foreseen.engine.trainer import Trainer
 from foreseen.errors import BadInput
 
 # How far numbers may lie apart where sums are rounded in another order; along the way from the checkpoint it grows.
@@ -158,9 +160,9 @@ def replay(job: Job, bundle: Bundle, accelerator: Accelerator, say: Callable[[st
     trainer = Trainer(job, accelerator)
     check_same_run(config, job.builder.shards, trainer.feed.order_name, job.parents, bundle.run)
     job.objective.train()
-    begun_at = trainer.newest_checkpoint(lambda saved: saved <= step)
+    begun_at = newest_checkpoint(trainer, lambda saved: saved <= step)
     if begun_at is not None:
-        trainer.load(begun_at)
+        load(trainer, begun_at)
     elif bundle.checkpoint is not None:
         raise BadInput(
             f"{trainer.checkpoints.folder} has no sound checkpoint up to step {step}, which the way there begins from; "
@@ -174,12 +176,12 @@ def replay(job: Job, bundle: Bundle, accelerator: Accelerator, say: Callable[[st
         if not kept:
             trainer.checkpoints = Checkpoints(Path(temporary), keep_last=1)
         if begun_at != step or not kept:
-            trainer.save(step, None)
+            save(trainer, step, None)
         found = _make(trainer, range(step, step + 1), say)[step]
         with uncompiled(config.compute.backend):
-            trainer.load(step)
+            load(trainer, step)
             findings = _look_inside(trainer, step)
-            trainer.load(step)
+            load(trainer, step)
             groups = _each_group(trainer, bundle)
     way = [record.values == made[record.step].values for record in bundle.ring if record.step in made]
     return Replay(

@@ -83,16 +83,20 @@ def disk_trouble(folder: Path) -> Iterator[None]:
     """Turn a disk that is full, read-only or failing into a sentence.
 
     Raises:
-        BadInput: something inside could not be written for want of a working disk.
+        BadInput: something inside could not be written, or read, for want of a working disk.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK_TROUBLE:
             raise
+        what, whose = f"run.dir {folder} cannot be written", "its checkpoints"
+        if isinstance(error.filename, str) and not Path(error.filename).absolute().is_relative_to(folder.absolute()):
+            what = f"{error.filename} cannot be read or written"  # such as the pictures
+            whose = f"the checkpoints in run.dir {folder}"
         raise BadInput(
-            f"run.dir {folder} cannot be written: {error.strerror}; its checkpoints are intact, and the same command "
-            "goes on from the newest of them once the disk can be written"
+            f"{what}: {error.strerror}; {whose} are intact, and the same command goes on from the newest of them once "
+            "the disk works"
         ) from error
 
 

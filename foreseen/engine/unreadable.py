@@ -58,7 +58,7 @@ class UnreadableList:
                 write_atomically(self.file, "".join(json.dumps(line) + "\n" for line in lines[0]))
         if self._accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(lines, src=0)
-        self.trained = set(trained)
+        self.trained, self._listed, self._examples = set(trained), set(), []
         for line in lines[0]:
             problem = Problem(0, *(line[name] for name in Problem._fields[1:]))
             self._listed.add(_identity(problem))

@@ -6,6 +6,7 @@ Everything here is decided by all ranks alike, at a log, as a function of the co
 killed on the way, before or after it went back, comes to the same.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,15 @@ from accelerate.utils import gather_object
 from foreseen.engine.bundle import MOST_BUNDLES, Bundle, folder_of, is_full, samples_of, stream_shift, write_bundle
 from foreseen.engine.launch import describe_devices
 from foreseen.engine.log import RunLog
+from foreseen.engine.rank_zero import on_rank_zero
 from foreseen.engine.recorder import FlightRecorder, Record, Streak
 from foreseen.engine.resume import run_state
 from foreseen.engine.run_folder import describe_start
+from foreseen.engine.saving import is_scheduled, load, newest_checkpoint
 from foreseen.errors import BadInput
 
 if TYPE_CHECKING:
-    from foreseen.engine.train import Trainer
+    from foreseen.engine.trainer import Trainer
 
 
 def look(trainer: "Trainer", log: RunLog) -> int | None:
@@ -62,8 +65,8 @@ def _leave_bundle(
         return folder
     try:
         write_bundle(folder, _bundle(trainer, recorder, record, replaced), trainer.checkpoints.folder)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, BadInput) as error:  # such as a checkpoint that is damaged
+        reason = getattr(error, "strerror", None) or error
         log.say(f"{recorder.describe(record)}; its bundle cannot be written to {folder} ({reason}); training goes on")
     else:
         log.say(f"{recorder.describe(record)}; to make it again: foreseen replay {folder}")
@@ -92,7 +95,7 @@ def _bundle(trainer: "Trainer", recorder: FlightRecorder, record: Record, replac
 def _go_back(trainer: "Trainer", recorder: FlightRecorder, streak: Streak, bundle: Path, log: RunLog) -> int:
     first, after = streak.first.step, streak.last + 1
     found = f"{streak.length} steps in a row are bad, the first: {recorder.describe(streak.first)}"
-    good = trainer.newest_checkpoint(lambda step: step <= first and trainer.is_scheduled(step))
+    good = newest_checkpoint(trainer, lambda step: step <= first and is_scheduled(trainer, step))
     if trainer.rewinds or good is None:
         why = "no checkpoint was saved before them"
         if trainer.rewinds:
@@ -102,10 +105,8 @@ def _go_back(trainer: "Trainer", recorder: FlightRecorder, streak: Streak, bundl
             f"{found}; and {why}: it stops. {hint}Lower optim.base_lr, lengthen the warm-up, set optim.clip_grad or "
             "compute.precision=fp32, in another run.dir. run.rewind_after=null goes on in this one regardless"
         )
-    if trainer.accelerator.is_main_process:
-        trainer.checkpoints.drop_after(good)
-    trainer.accelerator.wait_for_everyone()
-    trainer.load(good)
+    on_rank_zero(trainer.accelerator, partial(trainer.checkpoints.drop_after, good))
+    load(trainer, good)
     trainer.rewinds.append((after, good))
     log.go_back(good)
     if trainer.ledger is not None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from foreseen import cli
 from foreseen.data.batch import Batch
-from foreseen.engine import train
+from foreseen.engine import trainer
 from foreseen.engine.bundle import read_bundle
 from foreseen.errors import BadInput
 from tests.documentation import arguments_of, typed_commands
@@ -24,7 +24,7 @@ SICK = 11  # number of the sample whose pixels are not finite
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
     """Multiply the normalised pixels of one sample by a number."""
-    plain = train.finish
+    plain = trainer.finish
 
     def by(factor: float) -> None:
         def finish(batch: Batch, *arguments: Any) -> Batch:
@@ -33,10 +33,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
                 images[batch.sample.to(images.device) == SICK] *= factor
             return done
 
-        monkeypatch.setattr(train, "finish", finish)
+        monkeypatch.setattr(trainer, "finish", finish)
 
     yield by
-    monkeypatch.setattr(train, "finish", plain)
+    monkeypatch.setattr(trainer, "finish", plain)
 
 
 def _foreseen(*arguments: object) -> Result:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from foreseen.commands.launched import LaunchedJob
-from foreseen.commands.verify_resume import Topology, Verdict, make_plan, verify
+from foreseen.commands.verify_resume import Topology, Verdict, _kill_at, make_plan, verify
 from foreseen.errors import BadInput
 
 Recipe = Callable[..., list[str]]
@@ -117,38 +118,106 @@ def test_twenty_kills_seven_of_them_in_a_save(recipe: Recipe, tmp_path: Path) ->
     assert sum(kill["in_save"] for kill in kills) >= 7
 
 
-def test_the_plan_cuts_the_batch_in_two_ways(recipe: Recipe, tmp_path: Path) -> None:
-    options = {"kills": 3, "saves": None, "steps": None, "ranks": 2, "out": tmp_path, "seed": 0}
-    plan = make_plan("mae_cpu_minutes", recipe(), **options)  # type: ignore[arg-type]
-    assert (plan.usual, plan.other) == (Topology(2, 2, 1), Topology(1, 4, 3))
-    assert plan.arguments[0] == "pretrain"
-    assert make_plan("cpu_minutes", [], **options).arguments[0] == "finetune"  # type: ignore[arg-type]
-    for overrides, sentence in (
-        (["batch.global_size=7"], "batch.global_size 7 is no multiple of 2 ranks"),
-        (["batch.global_size=2"], None),
+OPTIONS = {"kills": 3, "saves": None, "steps": None, "ranks": 2, "out": Path("verify"), "seed": 0}
+
+
+def _cuts(name: str, overrides: list[str], **more: object) -> tuple[Topology, Topology]:
+    plan = make_plan(name, overrides, **OPTIONS | more)  # type: ignore[arg-type]
+    return plan.usual, plan.other
+
+
+def test_the_plan_cuts_the_batch_in_two_ways(recipe: Recipe) -> None:
+    # Other micro-batches, too, or a mistake that is made in each of them would not show.
+    assert _cuts("mae_cpu_minutes", recipe()) == (Topology(2, 2, 1), Topology(1, 8, 3))
+    assert _cuts("mae_cpu_minutes", [], ranks=8) == (Topology(8, 2, 1), Topology(4, 8, 3))
+    assert _cuts("mae_cpu_minutes", [], ranks=1) == (Topology(1, 2, 1), Topology(1, 4, 3))
+    assert _cuts("mae_cpu_minutes", ["batch.global_size=2"]) == (Topology(2, 1, 1), Topology(1, 1, 3))
+    with pytest.raises(BadInput, match="batch.global_size 7 is no multiple of 2 ranks: give"):
+        _cuts("mae_cpu_minutes", ["batch.global_size=7"])
+    with pytest.raises(BadInput, match="batch.global_size 1 cannot be cut in two ways"):
+        _cuts("mae_cpu_minutes", ["batch.global_size=1"], ranks=1)
+
+
+def test_the_plan_makes_no_micro_batch_larger_than_the_recipe_or_against_the_method() -> None:
+    assert _cuts("mae_vit_b16", ["batch.micro_size=64"]) == (Topology(2, 32, 4), Topology(1, 128, 6))
+    mixes = ["method.mixup=0.8", "batch.global_size=8"]
+    assert _cuts("cpu_minutes", mixes) == (Topology(2, 2, 1), Topology(1, 2, 3))  # micro-batches of 2, then of 4
+    with pytest.raises(BadInput, match="batch.global_size 6 is no multiple of 2 ranks in groups of 2"):
+        _cuts("cpu_minutes", [*mixes, "batch.global_size=6"])
+    # Statistics are over a micro-batch.
+    resnet = ["model.name=resnet10t", "model.drop_path_rate=0", "optim.layer_decay=null", "method.mixup=0"]
+    assert _cuts("pets", resnet) == (Topology(2, 2, 8), Topology(1, 4, 10))
+    assert _cuts("pets", resnet, ranks=1) == (Topology(1, 2, 8), Topology(1, 2, 10))
+
+
+def test_the_plan_is_of_the_recipes_verb_and_refuses_what_cannot_be_done(tmp_path: Path) -> None:
+    plan = make_plan("cpu_minutes", [], **OPTIONS)  # type: ignore[arg-type]
+    assert plan.arguments[0] == "finetune"
+    for name, more, sentence in (
+        ("mea", {}, "there is no recipe 'mea'"),
+        ("mae_cpu_minutes", {"saves": 4}, "--saves is 4, more than the 3 of --kills"),
+        ("mae_cpu_minutes", {"steps": 11}, "--steps is 11, too few for 3 kills: give at least 12"),
     ):
-        if sentence is None:
-            make_plan("mae_cpu_minutes", overrides, **options)  # type: ignore[arg-type]
-            continue
         with pytest.raises(BadInput, match=sentence):
-            make_plan("mae_cpu_minutes", overrides, **options)  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match="there is no recipe 'mea'"):
-        make_plan("mea", [], **options)  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match="--saves is 4, more than the 3 of --kills"):
-        make_plan("mae_cpu_minutes", [], **options | {"saves": 4})  # type: ignore[arg-type]
+            make_plan(name, [], **OPTIONS | more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kills", [1, 3, 21])
+def test_there_are_more_saves_than_kills_in_a_save(kills: int) -> None:
+    plan = make_plan("mae_cpu_minutes", [], **OPTIONS | {"kills": kills})  # type: ignore[arg-type]
+    every = next(int(a.removeprefix("run.save_every=")) for a in plan.arguments if a.startswith("run.save_every="))
+    assert plan.steps // every >= 2 * kills
+
+
+def _break_jobs(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    start = LaunchedJob.__enter__
+
+    def in_a_broken_way(self: LaunchedJob) -> LaunchedJob:
+        self.command = [sys.executable, "-c", code]
+        return start(self)
+
+    monkeypatch.setattr(LaunchedJob, "__enter__", in_a_broken_way)
 
 
 def test_a_job_that_cannot_run_at_all_is_a_failed_verdict_with_its_last_words(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = LaunchedJob.__enter__
-
-    def in_a_broken_way(self: LaunchedJob) -> LaunchedJob:
-        self.command = [sys.executable, "-c", "print('no shards here'); raise SystemExit(2)"]
-        return start(self)
-
-    monkeypatch.setattr(LaunchedJob, "__enter__", in_a_broken_way)
+    _break_jobs(monkeypatch, "print('no shards here'); raise SystemExit(2)")
     plan = make_plan("mae_cpu_minutes", recipe(), kills=1, saves=0, steps=8, ranks=1, out=tmp_path / "out", seed=0)
     verdict: Verdict = verify(plan)
     assert not verdict.passed
     assert "ended with exit code 2: no shards here" in verdict.text()
+
+
+def test_what_lies_beside_the_runs_of_an_earlier_time_stays(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    for name in ("unbroken/checkpoints", "killed", "my own run"):
+        (out / name).mkdir(parents=True)
+    _break_jobs(monkeypatch, "raise SystemExit(2)")
+    verify(make_plan("mae_cpu_minutes", recipe(), kills=1, saves=0, steps=8, ranks=1, out=out, seed=0))
+    assert sorted(path.name for path in out.iterdir()) == ["my own run", "unbroken.log", "verify.json"]
+
+
+def test_a_job_that_ends_before_it_is_killed_is_no_kill(tmp_path: Path) -> None:
+    run = tmp_path / "a run: #1"
+    with LaunchedJob(["recipes"], run=run, log=tmp_path / "log") as job:
+        assert job.wait_while_it_moves(60.0) == 0
+        assert _kill_at(job, 1, False, random.Random(0)) is None
+        run.mkdir()
+        (run / "metrics.jsonl").write_text('{"step": 3}\n', encoding="utf-8")
+        job.run, job.ranks = run, 2
+        for number in range(4):  # whichever victim is drawn, none is left
+            (run / "metrics.jsonl").write_text(f'{{"step": {number}}}\n', encoding="utf-8")
+            assert _kill_at(job, 1, False, random.Random(number)) is None
+
+
+def test_a_job_that_makes_no_step_is_waited_for_no_longer_than_patience_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _break_jobs(monkeypatch, "import time; time.sleep(60)")
+    with LaunchedJob(["recipes"], run=tmp_path / "run", log=tmp_path / "log") as job:
+        assert job.wait_while_it_moves(0.3) is None
+        assert not job.wait_for_step(1, 0.1)
+    assert job.launcher.poll() == -9

@@ -1,6 +1,7 @@
 """The contract of `foreseen.engine.objective` holds what methods need, and notices the mistakes they tempt to."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,9 @@ from foreseen.data.loader import BatchBuilder, StreamDataset
 from foreseen.data.views import finish
 from foreseen.engine import recorder
 from foreseen.engine.bundle import Bundle, read_bundle
+from foreseen.engine.job import Job
 from foreseen.engine.objective import Objective, Progress
 from foreseen.engine.replay import Replay, config_for, replay
-from foreseen.engine.train import Job
 from tests.engine import two_ranks
 from tests.engine.driver import (
     CLIP,
@@ -163,6 +164,17 @@ def test_ways_to_compute_change_nothing_on_two_ranks(
 def test_a_centre_that_one_rank_makes_alone_shows_in_the_losses(two_rank_runs: Path) -> None:
     run = two_ranks.history(two_rank_runs / "CentreOfOneRank-8")
     assert loss_distance(whole_run(CentredIBOT), run) > 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [("save_file", r"cannot be written to .*: No space left"), ("_digest", "all 1 checkpoints in")],
+)
+def test_where_rank_zero_fails_every_rank_is_told_and_none_waits(two_rank_runs: Path, what: str, sentence: str) -> None:
+    told = [(two_rank_runs / f"no-{what}/told-{rank}").read_text(encoding="utf-8") for rank in (0, 1)]
+    assert told[0] == told[1]
+    assert re.search(sentence, told[0])
 
 
 @pytest.mark.slow

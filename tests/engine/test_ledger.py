@@ -1,5 +1,7 @@
 """The ledger says what each step really consumed, place by place, however it was cut and often it was killed."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -74,3 +76,25 @@ def test_a_ledger_may_be_taken_up_in_the_middle_of_a_run(small_shards: Path, tmp
     found = read_ledger(tmp_path)
     assert (found[:4] == -1).all()
     assert (found[4:] >= 0).all()
+
+
+def test_a_disk_that_takes_half_a_row_gets_the_rest_or_says_that_it_is_full(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    room = [10**6]
+
+    def a_little(file: int, data: bytes, place: int) -> int:
+        data = bytes(data)[: min(13, room[0])]
+        if not data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room[0] -= len(data)
+        return pwrite(file, data, place)
+
+    monkeypatch.setattr(os, "pwrite", a_little)
+    run(small_shards, configure(tmp_path / "run", run__ledger=True))
+    expected = Order(0, SAMPLES).samples(np.arange(STEPS * GLOBAL_SIZE)).reshape(STEPS, GLOBAL_SIZE)
+    assert np.array_equal(read_ledger(tmp_path / "run"), expected)
+    room[0] = 100
+    with pytest.raises(OSError, match="No space left"):
+        run(small_shards, configure(tmp_path / "full", run__ledger=True))

@@ -71,19 +71,19 @@ def test_a_run_that_goes_on_probes_what_is_due_once_and_remembers_the_rest(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unbroken = _pretrain(recipe, tmp_path / "unbroken", probe__every=2)
-    from foreseen.engine.train import Trainer
+    from foreseen.engine import train
 
-    save = Trainer.save
+    save = train.save
 
-    def killed(self: Any, step: int, score: float | None) -> None:
-        save(self, step, score)
+    def killed(trainer: Any, step: int, score: float | None) -> None:
+        save(trainer, step, score)
         if step == 4:
             raise KeyboardInterrupt  # saved, not yet probed
 
-    monkeypatch.setattr(Trainer, "save", killed)
+    monkeypatch.setattr(train, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         _pretrain(recipe, tmp_path / "killed", probe__every=2)
-    monkeypatch.setattr(Trainer, "save", save)
+    monkeypatch.setattr(train, "save", save)
     lines = _pretrain(recipe, tmp_path / "killed", probe__every=2)
     assert [line["step"] for line in lines if "probe/seconds" in line] == [0, 2, 4, 6]
     assert _probes(lines) == _probes(unbroken)

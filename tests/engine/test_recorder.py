@@ -19,15 +19,17 @@ from foreseen.config import Config
 from foreseen.data.batch import Batch, BatchLayout
 from foreseen.data.loader import BatchBuilder, StreamDataset
 from foreseen.data.shards import ShardSet
-from foreseen.engine import checkpoint, loss_scale
+from foreseen.engine import loss_scale
 from foreseen.engine.bundle import MOST_BUNDLES, Bundle, read_bundle
 from foreseen.engine.checkpoint import Checkpoints
+from foreseen.engine.job import Job
 from foreseen.engine.objective import Progress
 from foreseen.engine.recorder import HISTORY, FlightRecorder, Record
 from foreseen.engine.replay import Group, Replay, config_for, outlying, replay
-from foreseen.engine.train import Job
 from foreseen.errors import BadInput
-from tests.engine.test_train import MeanColour, _lines, _weights, configure, run
+from tests.damage import with_a_shard_of_garbage
+from tests.engine.test_checkpoint import sign
+from tests.engine.test_train import MeanColour, _lines, _weights, configure, damage, run
 
 SIZE = 16  # the global batch of `configure`
 Say = Callable[[str], None]
@@ -173,15 +175,10 @@ def test_bad_steps_in_a_row_send_the_run_back_past_their_data_once(
     checkpoints.drop_after(6)
     file = tmp_path / "other/checkpoints/step-6/state.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"rewinds": []', '"rewinds": [[9, 6]]'), encoding="utf-8")
-    _sign(file.parent)
+    sign(file.parent)
     _run(small_shards, other)
     assert _weights(tmp_path / "run", 12) == _weights(tmp_path / "other", 12)
     assert _lines(tmp_path / "run") == _lines(tmp_path / "other")
-
-
-def _sign(folder: Path) -> None:
-    digests = {path.name: checkpoint._digest(path) for path in folder.iterdir() if path.name != "manifest.json"}
-    (folder / "manifest.json").write_text(json.dumps({"files": digests}), encoding="utf-8")
 
 
 def test_the_second_time_the_run_stops_and_says_why(small_shards: Path, tmp_path: Path) -> None:
@@ -254,6 +251,47 @@ def test_a_run_that_is_killed_while_it_goes_back_comes_to_the_same(
     assert _lines(unbroken)[-5:] == _lines(killed)[-5:]
 
 
+def test_what_could_not_be_read_is_listed_by_steps_of_the_run_that_went_back(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    damaged = with_a_shard_of_garbage(small_shards, tmp_path / "set", "train-000001.tar")
+    going = {
+        "run__steps": 18, "run__save_every": 6, "run__rewind_after": 8, "run__log_every": 1, "batch__global_size": 2,
+        "batch__micro_size": 2, "data__max_bad_fraction": 0.5,
+    }  # fmt: skip
+
+    def listed(name: str) -> list[tuple[int, int]]:
+        lines = (tmp_path / name / "unreadable.jsonl").read_text(encoding="utf-8").splitlines()
+        return [(line["step"], line["sample"]) for line in map(json.loads, lines)]
+
+    _run(damaged, configure(tmp_path / "run", **going), nan_at=(1,))  # steps 8 to 15 of two samples
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for name in ("checkpoints/step-18", "unreadable.jsonl"):
+        path = tmp_path / "again" / name
+        shutil.rmtree(path) if path.is_dir() else path.write_text("", encoding="utf-8")
+    _run(damaged, configure(tmp_path / "again", **going), nan_at=(1,))  # from step 12, after it went back
+    after = [(step, sample) for step, sample in listed("run") if step > 12]
+    assert after == [entry for entry in listed("again") if entry in after]
+    steps = [step for step, _ in listed("run")]
+    assert steps == sorted(steps)
+    assert 6 < steps[-1] <= 18
+    state = json.loads((tmp_path / "run/checkpoints/step-18/state.json").read_text(encoding="utf-8"))
+    assert state["rewinds"] == [[16, 6]]
+    assert {sample for _, sample in listed("run")} == set(state["unreadable_samples"])
+
+
+def test_a_bundle_without_a_sound_checkpoint_is_one_line_and_no_end(
+    small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_damage = Checkpoints.find_damage
+    monkeypatch.setattr(Checkpoints, "find_damage", lambda self, step: "a flipped bit" if step == 3 else None)
+    assert _run(small_shards, configure(tmp_path), nan_at=(4,)).step == 8
+    assert "its bundle cannot be written" in (said := capsys.readouterr().out)
+    assert "(all 1 checkpoints in" in said
+    assert "a flipped bit" in said
+    assert find_damage(Checkpoints(tmp_path / "checkpoints", 3), 8) is None
+
+
 def test_the_best_of_the_steps_that_are_abandoned_is_forgotten(small_shards: Path, tmp_path: Path) -> None:
     config = configure(tmp_path, run__steps=20, run__save_every=2, run__rewind_after=5, run__keep_last=1)
     outcome = _run(small_shards, config, nan_at=range(7, 12), validate=True)
@@ -317,12 +355,7 @@ def test_where_links_fail_a_bundle_has_copies_and_outlives_the_checkpoint(
 
 
 def test_samples_that_stood_in_for_unreadable_ones_are_in_the_bundle(small_shards: Path, tmp_path: Path) -> None:
-    damaged = tmp_path / "damaged"
-    shutil.copytree(small_shards, damaged)
-    shard = next(damaged.glob("train*.tar"))
-    content = bytearray(shard.read_bytes())
-    content[1024:2024] = bytes(1000)
-    shard.write_bytes(content)
+    damaged = damage(small_shards, tmp_path / "damaged")
     config = configure(tmp_path / "run", data__max_bad_fraction=0.5, run__log_every=1)
     seen: list[Tensor] = []
     _run(damaged, config, nan_at=range(8), seen=seen)

@@ -1,12 +1,14 @@
 """A run folder belongs to one job at a time and remembers how it was made."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from foreseen.engine.log import RunLog, duration
-from foreseen.engine.run_folder import RunLock, record_start
+from foreseen.engine.run_folder import RunLock, disk_trouble, record_start
 from foreseen.errors import BadInput
 
 
@@ -55,3 +57,15 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12000, "3 h 20 min")])
 def test_times_are_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_disk_that_fails_is_named_by_what_is_on_it(tmp_path: Path) -> None:
+    for file, sentence in (
+        (None, "run.dir .* cannot be written"),
+        (str(tmp_path / "run/metrics.jsonl"), "run.dir .* cannot be written"),
+        ("/data/train.tar", "^/data/train.tar cannot be read or written: .* checkpoints in run.dir .* are intact"),
+    ):
+        with pytest.raises(BadInput, match=sentence), disk_trouble(tmp_path / "run"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), file)
+    with pytest.raises(FileNotFoundError), disk_trouble(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "No such file")

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from foreseen.data.batch import Problem
 from foreseen.data.shards import ShardSet
-from foreseen.engine.train import Outcome
+from foreseen.engine.job import Outcome
 from foreseen.engine.unreadable import FILE_NAME, TRAINING, UnreadableList
 from foreseen.errors import BadInput
 from tests.damage import samples_of, with_a_shard_of_garbage

@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 from foreseen.commands import finetune, pretrain
 from foreseen.commands.verbs import VERBS, Verb, load_recipe, method_options
 from foreseen.config import Config, recipe_names
-from tests.engine.driver import History
+
+if TYPE_CHECKING:
+    from tests.engine.driver import History
 
 STEPS, GLOBAL_SIZE = 20, 16
 WORLDS, ACCUMULATIONS, WORKERS = (1, 2, 4), (1, 2, 4), (0, 1, 3)
@@ -75,8 +78,10 @@ def run(verb: Verb, config: Config) -> None:
     (pretrain.run if verb == "pretrain" else finetune.run)(config)
 
 
-def history(folder: Path) -> History:
+def history(folder: Path) -> "History":
     """What a run left: loss and norm of each step, and its weights, their average among them."""
+    from tests.engine.driver import History  # slow to import, and each loader worker imports the main module anew
+
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "grad_norm" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))

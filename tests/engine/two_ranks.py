@@ -1,6 +1,8 @@
 """Runs the skeletons through the real loop on as many ranks as the launcher starts; `-m tests.engine.two_ranks OUT`."""
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,12 @@ from torch import Tensor
 from foreseen.config import BatchSize, Compute, Config, Data, MethodOptions, Model, Optim, Run
 from foreseen.data.batch import Batch
 from foreseen.data.loader import BatchBuilder
+from foreseen.engine import checkpoint
+from foreseen.engine.job import Job, Outcome
 from foreseen.engine.launch import start
 from foreseen.engine.objective import Objective, Progress
-from foreseen.engine.train import Job, Outcome, train
+from foreseen.engine.train import train
+from foreseen.errors import BadInput
 from tests.engine.driver import GLOBAL_SIZE, OPTIM, SEED, STEPS, History, Pictures
 from tests.engine.skeletons import IBOT, SKELETONS, CentredIBOT, Supervised
 
@@ -38,6 +43,24 @@ class GoesWrong(Supervised):
         losses = super().forward(batch, prepared, progress)
         spoiled = sum(batch.position == place for place in (3 * GLOBAL_SIZE + 1, 5 * GLOBAL_SIZE - 1)).any()
         return losses | {"loss": losses["loss"] * torch.where(spoiled, torch.nan, 1.0)}
+
+
+def fail(what: str, folder: Path, accelerator: Accelerator) -> None:
+    """Save on a full disk, or begin where every checkpoint is damaged, and note what each rank is told."""
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if what == "_digest":
+        run(Supervised, folder, 4, accelerator)
+    real = getattr(checkpoint, what)
+    setattr(checkpoint, what, full)
+    try:
+        run(Supervised, folder, 4, accelerator)
+    except BadInput as error:
+        (folder / f"told-{accelerator.process_index}").write_text(str(error), encoding="utf-8")
+    finally:
+        setattr(checkpoint, what, real)
 
 
 GOING_WRONG = {"save_every": 1, "rewind_after": 2}
@@ -104,6 +127,8 @@ def main(out: Path) -> None:
             run(make, out / f"{name}-{micro_size}", micro_size, accelerator)
     for name, (make, compute, optim) in VARIANTS.items():
         run(make, out / name, 4, accelerator, compute=compute, optim=optim)
+    for what in ("save_file", "_digest"):
+        fail(what, out / f"no-{what}", accelerator)
     run(GoesWrong, out / GoesWrong.__name__, 4, accelerator, **GOING_WRONG)
     accelerator.end_training()
 
