@@ -51,10 +51,10 @@ def check(
     from foreseen.data.manifest import FILE_NAME
     from foreseen.data.tar_paths import find_tars
     from foreseen.errors import BadInput
-    from foreseen.files import write_atomically
+    from foreseen.files import expand_home, write_atomically
 
     began = time.monotonic()
-    path = Path(place).expanduser()
+    path = expand_home(place)
     is_set = (path / FILE_NAME).is_file() or (path.is_dir() and not any(path.glob("*.tar")))
     if near_duplicates and not is_set:
         raise BadInput(f"--near-duplicates is for sets with an index: run `foreseen data index {place}` first")

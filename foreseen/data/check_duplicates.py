@@ -56,7 +56,7 @@ def _describe_all(
     sets: Sequence[ShardSet], near: list[tuple[int, int, int, int, int, float]], exact: list[tuple[int, int, int, int]]
 ) -> list[Pair]:
     """All pairs in order; the exact ones are among the near ones but for pages without contrast."""
-    likeness = {place: (0, 1.0) for place in exact} | {row[:4]: row[4:] for row in near}
+    likeness = dict.fromkeys(exact, (0, 1.0)) | {row[:4]: row[4:] for row in near}
     return [
         describe_pair(sets[first], sample, sets[second], other, *likeness[first, sample, second, other])
         for first, sample, second, other in sorted(likeness)
