@@ -37,6 +37,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def expand_home(path: str | Path) -> Path:
+    """A path with the home folder in the place of `~`; as it is where there is no such user."""
+    try:
+        return Path(os.path.expanduser(path))
+    except ValueError:  # a zero byte in the user's name
+        return Path(path)
+
+
 def open_regular(file: str | Path) -> int:
     """A descriptor for reading a regular file, or what a link to one leads to.
 

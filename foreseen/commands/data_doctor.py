@@ -32,7 +32,11 @@ def check(
     write_checksums: Annotated[
         bool, typer.Option("--write-checksums", help="Put checksums that are not known into the index.")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="File for all faults, one json a line.")] = None,
+    near_duplicates: Annotated[
+        bool,
+        typer.Option("--near-duplicates", help="Find pictures that look alike; across splits they are a leak."),
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="File for all that is found, one json a line.")] = None,
     shards_at: ShardsAt = None,
     image: Image = None,
     workers: Workers = None,
@@ -43,13 +47,17 @@ def check(
 
     from foreseen.commands.progress import progress
     from foreseen.data.check import check_set, check_tars
+    from foreseen.data.check_duplicates import check_duplicates
     from foreseen.data.manifest import FILE_NAME
     from foreseen.data.tar_paths import find_tars
-    from foreseen.files import write_atomically
+    from foreseen.errors import BadInput
+    from foreseen.files import expand_home, write_atomically
 
     began = time.monotonic()
-    path = Path(place).expanduser()
+    path = expand_home(place)
     is_set = (path / FILE_NAME).is_file() or (path.is_dir() and not any(path.glob("*.tar")))
+    if near_duplicates and not is_set:
+        raise BadInput(f"--near-duplicates is for sets with an index: run `foreseen data index {place}` first")
     with progress("checking") as said:
         if is_set:
             found = check_set(
@@ -63,17 +71,21 @@ def check(
             )
         else:
             found = check_tars(find_tars([place], compressed=False), image=image, workers=workers, progress=said)
+    if near_duplicates:
+        with progress("looking for near duplicates") as said:
+            check_duplicates(found, path, split=split, shards_at=shards_at, workers=workers, progress=said)
     if report is not None:
-        write_atomically(report, "".join(f"{json.dumps(asdict(fault))}\n" for fault in found.faults))
+        lines = [json.dumps(asdict(fault)) for fault in (*found.faults, *found.duplicates)]
+        write_atomically(report, "".join(f"{line}\n" for line in lines))
     _print_findings(found, time.monotonic() - began)
+    if report is not None and (found.faults or found.duplicates):
+        print(f"all of them: {report}")
+    elif len(found.faults) > _SHOWN or found.duplicates:
+        print("all of them: --report FILE")
     if not found.faults:
         if not found.is_indexed:
             print(f"next: foreseen data index {place}")
         return
-    if report is not None:
-        print(f"all of them: {report}")
-    elif len(found.faults) > _SHOWN:
-        print("all of them: --report FILE")
     print(f"remedy: {_remedy(found, place)}")
     raise typer.Exit(1)
 
@@ -214,7 +226,7 @@ def _first_of_each_kind(faults: "list[Fault]") -> "list[Fault]":
 
 def _remedy(found: "Findings", place: str) -> str:
     kinds = {fault.kind for fault in found.faults}
-    if kinds <= {"leak"}:
+    if kinds <= {"leak", "near leak"}:
         return "pack one of the splits again without the pictures that the other has"
     if kinds <= {"stray"}:
         return "move the strays away, or give the command of the unfinished packing again"

@@ -1,7 +1,8 @@
 """Is a set what its manifest says, to the last byte? What `foreseen data check` does.
 
 `check_shard.py` looks at one shard. Here are the manifest and its files, and what shows itself between shards only: a
-key in two of them, samples with other members than the rest, the same picture in two splits.
+key in two of them, samples with other members than the rest, the same picture in two splits. Near duplicates are
+looked for by `check_duplicates.py`.
 """
 
 import os
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 
 from foreseen.data.arrays import map_array
 from foreseen.data.check_shard import CheckedShard, CheckJob, check_shard
+from foreseen.data.duplicates import LEAK, NEAR_LEAK, Pair, describe_pair
 from foreseen.data.manifest import WORK_PREFIX, Manifest, Split, read_manifest, write_manifest
 from foreseen.data.parallel import count_cpus, map_in_processes
 from foreseen.data.publish import lock_folder, save_array
-from foreseen.data.shards import INDEX_ROW, TAR_BLOCK, index_digest
+from foreseen.data.shards import INDEX_ROW, ShardSet, index_digest
+from foreseen.data.store import LocalStore
 from foreseen.data.tar_labels import LabelRule
 from foreseen.data.tar_samples import Fault, count_up
 from foreseen.errors import BadInput
@@ -37,6 +40,7 @@ class Findings:
         splits: of each, the shards and samples that are there, and their bytes.
         faults: all of them, those of a shard together.
         notes: what is no fault but good to know, in words.
+        duplicates: pictures that are alike within a split, which is none either; see `check_duplicates.py`.
         decoded: pictures were decoded, not only compared with their checksums.
         without_checksum: samples whose checksum is not known.
         is_indexed: there is an index; else the structure alone was checked.
@@ -46,6 +50,7 @@ class Findings:
     splits: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    duplicates: list[Pair] = field(default_factory=list)
     decoded: bool = True
     without_checksum: int = 0
     is_indexed: bool = True
@@ -86,7 +91,7 @@ def check_set(
     places = [(name, number) for name, entry in chosen.items() for number in range(len(entry.shards))]
     jobs = (job for table in tables.values() for job in table.jobs(at, manifest.classes, decode=decode))
     done, total = 0, sum(entry.samples for entry in chosen.values())
-    workers = _workers(workers, len(places))
+    workers = choose_workers(workers, len(places))
     for place, shard in map_in_processes(check_shard, jobs, workers):
         name, number = places[place]
         tables[name].take(number, shard)
@@ -110,7 +115,7 @@ def check_tars(
     found = Findings(str(files[0] if len(files) == 1 else files[0].parent), decoded=False, is_indexed=False)
     jobs = (CheckJob(file, 0, 0, None, None, LabelRule(None), None, image, False, False) for file in files)
     shards: dict[int, CheckedShard] = {}
-    workers = _workers(workers, len(files))
+    workers = choose_workers(workers, len(files))
     for number, shard in map_in_processes(check_shard, jobs, workers):
         shards[number] = shard
         if progress:
@@ -123,7 +128,12 @@ def check_tars(
     return found
 
 
-def _workers(asked: int | None, jobs: int) -> int:
+def choose_workers(asked: int | None, jobs: int) -> int:
+    """Processes for so many jobs.
+
+    Raises:
+        BadInput: too few or too many were asked for.
+    """
     if asked is not None and not 1 <= asked <= 1024:
         raise BadInput(f"--workers is {asked}, it must lie in [1, 1024]")
     return min(count_cpus() if asked is None else asked, max(1, jobs))
@@ -204,15 +214,10 @@ class _Table:
             [self.shards[n].digests for n in range(len(self.entry.shards))] or [np.zeros(0, np.uint64)]
         )
 
-    def where(self, row: int) -> tuple[str, int]:
-        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.entry.shards[shard].name, row - self.starts[shard]
-
-    def read(self, at: Path, row: int) -> bytes:
+    def as_set(self, at: Path) -> ShardSet:
+        """Its pictures, whatever is wrong with the labels."""
         assert self.index is not None
-        with open(at / self.where(row)[0], "rb", buffering=0) as tar:
-            found = self.index[row]
-            return os.pread(tar.fileno(), int(found["size"]), int(found["offset_512"]) * TAR_BLOCK)
+        return ShardSet(self.folder, self.name, self.entry, None, self.index, None, LocalStore(at), str(self.folder))
 
 
 def _strays(at: Path, manifest: Manifest, chosen: dict[str, Split]) -> list[Fault]:
@@ -272,16 +277,14 @@ def _notes(split: str, names: Sequence[str], shards: Sequence[CheckedShard]) -> 
 def _find_leaks(at: Path, tables: dict[str, "_Table"], found: Findings) -> None:
     """The same picture in two splits, byte for byte."""
     digests = {name: table.digests() for name, table in tables.items() if table.index is not None}
+    sets = {name: tables[name].as_set(at) for name in digests}
     for one, other in combinations(digests, 2):
         common = np.intersect1d(digests[one], digests[other])
         first, second = _rows_of(digests[one], common), _rows_of(digests[other], common)
         for digest in common[common != 0].tolist():
-            rows = first[digest], second[digest]
-            data = tables[one].read(at, rows[0])
-            if data and data == tables[other].read(at, rows[1]):
-                places = tables[one].where(rows[0]), tables[other].where(rows[1])
-                reason = f"sample {places[0][1]} is the same picture as sample {places[1][1]} of {places[1][0]}"
-                found.faults.append(Fault("leak", "", reason, places[0][0], one))
+            pair = describe_pair(sets[one], first[digest], sets[other], second[digest])
+            if pair.kind == LEAK:
+                found.faults.append(pair)
 
 
 def _rows_of(digests: NDArray[np.uint64], common: NDArray[np.uint64]) -> dict[int, int]:
@@ -296,7 +299,7 @@ def _write_checksums(folder: Path, tables: dict[str, "_Table"], found: Findings)
         for name, table in tables.items():
             if table.index is None or not table.unknown:
                 continue
-            if any(fault.split == name and fault.kind != "leak" for fault in found.faults):
+            if any(fault.split == name and fault.kind not in (LEAK, NEAR_LEAK) for fault in found.faults):
                 found.notes.append(f"the checksums of {name} were not written, since it has faults")
                 found.without_checksum += table.unknown
                 continue

@@ -6,6 +6,7 @@ once in a few ten thousand pictures of one size, so what is claimed was read aga
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreseen.data.shards import CorruptSample, ShardSet
+from foreseen.data.tar_samples import Fault
 from foreseen.errors import BadInput
 from foreseen.files import write_atomically
+from foreseen.printable import printable
 
 PAIR = np.dtype([("set", "<u2"), ("sample", "<i8"), ("other_set", "<u2"), ("other", "<i8")])
+LEAK, NEAR_LEAK, DUPLICATE, NEAR_DUPLICATE = "leak", "near leak", "duplicate", "near duplicate"
+
+
+@dataclass(frozen=True)
+class Pair(Fault):
+    """Two pictures that are alike. Of the kinds above two are across splits; shard, split and key are the first's.
+
+    Attributes:
+        path, other_path: names of their files before they were packed; where one is not known, its shard and key.
+        other_split, other_shard, other_key: where the second is.
+        distance: different bits of their hashes, of 64.
+        likeness: correlation of their thumbnails.
+    """
+
+    path: str = ""
+    other_path: str = ""
+    other_split: str = ""
+    other_shard: str = ""
+    other_key: str = ""
+    distance: int = 0
+    likeness: float = 1.0
 
 
 def exact_duplicates(sets: Sequence[ShardSet]) -> NDArray[Any]:
@@ -90,12 +114,42 @@ def report_duplicates(file: Path, sets: Sequence[ShardSet]) -> dict[str, int]:
         return {}
     lines = []
     for number, sample, _, other in pairs.tolist():
-        lines.append("\t".join((_name(sets[last], other), sets[number].split, _name(sets[number], sample))) + "\n")
+        lines.append(
+            "\t".join((name_picture(sets[last], other), sets[number].split, name_picture(sets[number], sample))) + "\n"
+        )
     write_atomically(file, "".join(sorted(lines)))
     counts = np.bincount(pairs["set"], minlength=len(sets))
     return {data.split: int(count) for data, count in zip(sets, counts, strict=True) if count}
 
 
-def _name(data: ShardSet, sample: int) -> str:
+def describe_pair(
+    data: ShardSet, sample: int, others: ShardSet, other: int, distance: int = 0, likeness: float = 1.0
+) -> Pair:
+    """Name two pictures that look alike, and read them again to see whether they are the same byte for byte."""
+    is_same = _are_same(data, sample, others, other)
+    is_across = data.split != others.split
+    (shard, key), (other_shard, other_key) = data.shard_and_key(sample), others.shard_and_key(other)
+    path, other_path = name_picture(data, sample), name_picture(others, other)
+    reason = f"{path} is {other_path}" if is_same else f"{path} looks like {other_path}"
+    reason += f" of {others.split}" if is_across else ""
+    reason += ", byte for byte" if is_same else f" ({distance} of 64 bits differ, likeness {likeness:.3f})"
+    kind = (LEAK if is_same else NEAR_LEAK) if is_across else (DUPLICATE if is_same else NEAR_DUPLICATE)
+    return Pair(
+        kind, key, printable(reason), shard, data.split, path, other_path, others.split, other_shard, other_key,
+        0 if is_same else distance, 1.0 if is_same else round(likeness, 4),
+    )  # fmt: skip
+
+
+def _are_same(data: ShardSet, sample: int, others: ShardSet, other: int) -> bool:
+    if data.sizes()[sample] != others.sizes()[other]:
+        return False
+    try:
+        return data.read(sample) == others.read(other)
+    except (CorruptSample, OSError, BadInput):  # `data check` names those
+        return False
+
+
+def name_picture(data: ShardSet, sample: int) -> str:
+    """The name of a sample's file before it was packed; where none is known, its shard and key."""
     path = data.facts(sample).get("path")
     return path if isinstance(path, str) else data.describe(sample)

@@ -20,6 +20,7 @@ from foreseen.data.labels import number_labels, renumber_labels
 from foreseen.data.source import FoundFile, Part, SourceSample, Splits, digest_files, walk
 from foreseen.data.table import IMAGE_NAMES, LABEL_NAMES, SPLIT_NAME, Columns
 from foreseen.errors import BadInput
+from foreseen.files import expand_home
 
 PREFIX = "hf:"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # a bare name may be a reader of `datasets`, such as that of pickles
@@ -43,7 +44,7 @@ class HuggingFaceSource:
         self, place: str, columns: Columns, config: str | None = None, labels: str = "auto", keep: Keep = ()
     ) -> None:
         self.place, self.columns, self.config, self.labels, self.keep = place, columns, config, labels, keep
-        self.path = Path(place).expanduser()
+        self.path = expand_home(place)
         self.is_local = os.path.exists(self.path)
         if not self.is_local and not _HUB_NAME.fullmatch(place):
             raise BadInput(f"{PREFIX}{place} does not exist, and is no name on the hub, such as user/set")

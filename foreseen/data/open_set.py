@@ -18,7 +18,7 @@ from foreseen.data.shards import INDEX_ROW, ShardSet, find_split, index_digest
 from foreseen.data.store import LocalStore, Store
 from foreseen.data.urls import check_url, is_url
 from foreseen.errors import BadInput
-from foreseen.files import write_atomically
+from foreseen.files import expand_home, write_atomically
 from foreseen.masked import masked
 
 _MAX_MANIFEST = 256 << 20  # a million shards take half of it
@@ -54,14 +54,14 @@ def open_set(path: str | Path, split: str, access: Access, say: Callable[[str], 
         check_url(place, "data.path")
         folder = _fetch_head(place, split, access.storage_options, say)
     else:
-        folder = Path(path).expanduser()
+        folder = expand_home(path)
     shards_at = access.shards_at or (place if is_url(place) else None)
     store: Store | None = None
     if shards_at is not None and is_url(shards_at):
         check_url(shards_at, "data.shards_at")
         store = _remote_store(shards_at, folder, split, access, say)
     elif shards_at is not None:
-        store = LocalStore(Path(shards_at).expanduser())
+        store = LocalStore(expand_home(shards_at))
     shards = ShardSet.open(folder, split, store, masked(place) if is_url(place) else str(folder))
     shards.check_sizes()
     return shards
@@ -169,7 +169,7 @@ def _remote_store(url: str, folder: Path, split: str, access: Access, say: Calla
         fetch = "shard"
     if fetch == "range":
         return remote
-    root = access.cache_dir.expanduser() if access.cache_dir else cache_folder() / "shards"
+    root = expand_home(access.cache_dir) if access.cache_dir else cache_folder() / "shards"
     key = _name_of(masked(url), entry.index_digest)
     make_cache_folder(root, key)
     limit = int(access.cache_gb * 1e9)

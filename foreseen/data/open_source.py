@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from foreseen.data import hugging_face, torchvision_set
 from foreseen.data.extra_columns import Keep
@@ -16,6 +15,7 @@ from foreseen.data.tar_paths import holds_tars
 from foreseen.data.tar_source import TarSource
 from foreseen.data.torchvision_set import TorchvisionSource
 from foreseen.errors import BadInput
+from foreseen.files import expand_home
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def open_source(src: str, options: SourceOptions) -> Source:
         return TorchvisionSource(place, options.labels, options.download)
     if options.download:
         raise BadInput(f"--download is for {torchvision_set.PREFIX}NAME@DIR, not for {src}")
-    path = Path(src).expanduser()
+    path = expand_home(src)
     if holds_tars(src):
         return TarSource([src], options.columns, options.labels)
     if os.path.isfile(path):
@@ -69,7 +69,7 @@ def open_source(src: str, options: SourceOptions) -> Source:
 def is_folder(src: str) -> bool:
     """Whether a source is none but a folder of pictures."""
     prefixes = (hugging_face.PREFIX, torchvision_set.PREFIX)
-    return not src.startswith(prefixes) and not os.path.isfile(Path(src).expanduser()) and not holds_tars(src)
+    return not src.startswith(prefixes) and not os.path.isfile(expand_home(src)) and not holds_tars(src)
 
 
 def resolve(src: str) -> str:
@@ -77,11 +77,11 @@ def resolve(src: str) -> str:
     place = src.removeprefix(hugging_face.PREFIX)
     if src.startswith(torchvision_set.PREFIX):
         place = src.partition("@")[2]
-    path = Path(place).expanduser()
+    path = expand_home(place)
     return src[: len(src) - len(place)] + str(path.resolve()) if path.exists() else src
 
 
 def is_packed(src: str) -> bool:
     """Whether a path is a packed set, or one that is being packed, and not a source of pictures."""
-    path = Path(src).expanduser()
+    path = expand_home(src)
     return os.path.isdir(path) and (os.path.exists(path / FILE_NAME) or any(path.glob(f"{WORK_PREFIX}*")))

@@ -1,7 +1,6 @@
 """Pictures to look at, one by one, whether they are packed or still lie where they came from."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ from foreseen.data.open_source import SourceOptions, is_packed, open_source
 from foreseen.data.shards import ShardSet
 from foreseen.data.source import SourceSample
 from foreseen.errors import BadInput
+from foreseen.files import expand_home
 from foreseen.printable import printable
 
 
@@ -95,7 +95,7 @@ def open_pictures(src: str, split: str | None = None) -> tuple[Mapping[str, Pict
         BadInput: there is nothing that can be read, or no such split.
     """
     if is_packed(src):
-        path = Path(src).expanduser()
+        path = expand_home(src)
         manifest = read_manifest(path)
         names = sorted(manifest.splits) if split is None else [split]
         return {name: PackedPictures(ShardSet.open(path, name)) for name in names}, manifest

@@ -22,6 +22,7 @@ from foreseen.data.tar_labels import LabelRule, number_texts
 from foreseen.data.tar_samples import TarSamples, count_up
 from foreseen.data.tar_source import TarListing, TarRows, TarSource, find_masks, list_notes
 from foreseen.errors import BadInput
+from foreseen.files import expand_home
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def repair(
     damaged = look_at(src, shards_at)
     for note in damaged.notes:
         say(note)
-    if out.resolve() in {Path(src).expanduser().resolve(), None if shards_at is None else shards_at.resolve()}:
+    if out.resolve() in {expand_home(src).resolve(), None if shards_at is None else shards_at.resolve()}:
         raise BadInput(f"{out} is the source itself: give a new folder")
     summaries = []
     for split, samples in damaged.splits.items():
@@ -96,7 +97,7 @@ def look_at(src: str, shards_at: Path | None = None) -> Damaged:
     Raises:
         BadInput: there is nothing.
     """
-    folder = Path(src).expanduser()
+    folder = expand_home(src)
     if (folder / FILE_NAME).is_file():
         try:
             manifest = read_manifest(folder)

@@ -1,21 +1,25 @@
 """Which tars a user means by files, folders and brace patterns, and which splits their names say."""
 
-import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 from foreseen.data.source import entries, is_picture, walk
 from foreseen.errors import BadInput
+from foreseen.files import expand_home
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 SPLIT_WORDS = frozenset({"train", "val", "valid", "validation", "test"})
 
 _MOST_TARS = 1_000_000
+_MOST_LETTERS = 1 << 28  # in all their names
+_DEEPEST = 20  # braces within braces
+_SHOWN = 200  # letters of a pattern in a message
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?\d+)?")
 
 
 def is_tar_name(name: str) -> bool:
@@ -30,10 +34,10 @@ def is_pattern(place: str) -> bool:
 
 def holds_tars(place: str) -> bool:
     """Whether a path is a tar, a pattern of tars, or a folder with tars in it and no pictures anywhere below."""
-    path = Path(place).expanduser()
-    if is_pattern(str(path)) or path.is_file():
+    path = expand_home(place)
+    if is_pattern(str(path)) or os.path.isfile(path):
         return is_tar_name(path.name)
-    if not path.is_dir() or not any(is_tar_name(name) for name, _ in entries(path)):
+    if not os.path.isdir(path) or not any(is_tar_name(name) for name, _ in entries(path)):
         return False
     return not any(is_picture(file.name) for file in walk(path))
 
@@ -50,10 +54,10 @@ def find_tars(places: Sequence[str], *, compressed: bool = True) -> list[Path]:
     """
     found: list[Path] = []
     for place in places:
-        path = Path(place).expanduser()
+        path = expand_home(place)
         if is_pattern(str(path)):
             found += [_existing(file) for file in _expand(str(path))]
-        elif path.is_dir():
+        elif os.path.isdir(path):
             names = sorted(name for name, _ in entries(path) if is_tar_name(name))
             names = [name for name in names if compressed or name.lower().endswith(TAR_SUFFIX)]
             if not names:
@@ -92,18 +96,52 @@ def _split_word(name: str) -> str | None:
     return words.pop() if len(words) == 1 else None
 
 
-def _expand(pattern: str) -> list[Path]:
-    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)  # counted before the library makes a list of them
-    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > _MOST_TARS:
-        raise BadInput(f"{pattern} names more than {_MOST_TARS:,} tars: give the folder")
+def _expand(pattern: str) -> Iterator[Path]:
+    shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}…"
     try:
-        return [Path(name) for name in braceexpand(pattern)]
-    except ValueError as error:
-        raise BadInput(f"{pattern} is no pattern of tars such as train-{{000..123}}.tar: {error}") from None
+        if (count := _count(pattern)) > _MOST_TARS or count * len(pattern) > _MOST_LETTERS:
+            raise BadInput(f"{shown} names more than {min(count - 1, _MOST_TARS):,} tars: give the folder")
+        yield from map(Path, braceexpand(pattern))  # one by one: where the first is missing the others are not made
+    except (ValueError, IndexError) as error:
+        if isinstance(error, BadInput):
+            raise
+        reason = str(error)[:_SHOWN]
+        raise BadInput(f"{shown} is no pattern of tars such as train-{{000..123}}.tar: {reason}") from None
+
+
+def _count(pattern: str) -> int:
+    """How many names a pattern stands for, or a number above `_MOST_TARS`; the library would make a list of them first.
+
+    Raises:
+        ValueError: braces are nested too deeply, or a number is too long.
+    """
+    # Of each open brace: where its inside begins, names of the alternatives before this one, and of this one so far.
+    stack = [(0, 0, 1)]
+    at = 0
+    while at < len(pattern):
+        begin, before, names = stack[-1]
+        if pattern[at] == "\\":
+            at += 1
+        elif pattern[at] == "{":
+            if len(stack) > _DEEPEST:
+                raise ValueError(f"its braces are nested more than {_DEEPEST} deep")
+            stack.append((at + 1, 0, 1))
+        elif pattern[at] == "," and len(stack) > 1:
+            stack[-1] = (begin, before + names, 1)
+        elif pattern[at] == "}" and len(stack) > 1:
+            stack.pop()
+            inside = before + names
+            if inside == 1 and (found := _RANGE.fullmatch(pattern, begin, at)):
+                first, last = (int(end) if end.lstrip("-").isdigit() else ord(end) for end in found.groups())
+                inside = abs(last - first) + 1
+            outer_begin, outer_before, outer = stack[-1]
+            stack[-1] = (outer_begin, outer_before, min(outer * inside, _MOST_TARS + 1))
+        at += 1
+    return stack[0][2]
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise BadInput(
             f"{path} does not exist: give a tar, a folder of tars, or a pattern such as train-{{000..123}}.tar"
         )

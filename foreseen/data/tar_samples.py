@@ -219,12 +219,15 @@ def regroup(samples: TarSamples) -> tuple[TarSamples, dict[int, str]]:
     troubles: dict[int, str] = {}
     for number in np.flatnonzero(samples.is_broken_up | samples.is_repeated).tolist():
         pieces: list[list[int]] = []
+        there: set[int] = set()  # extensions in the last piece
         last = -2
         for member in samples.members_of(number):
-            there = {samples.extension[other] for other in pieces[-1]} if pieces else set()
-            if member != last + 1 or samples.extension[member] in there:
+            extension = int(samples.extension[member])
+            if member != last + 1 or extension in there:
                 pieces.append([])
+                there = set()
             pieces[-1].append(member)
+            there.add(extension)
             last = member
         sets = [{samples.extensions[samples.extension[member]] for member in piece} for piece in pieces]
         if len(set().union(*sets)) == sum(map(len, sets)):

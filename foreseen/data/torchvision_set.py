@@ -22,6 +22,7 @@ from foreseen.data.cifar import Cifar
 from foreseen.data.labels import number_labels, renumber_labels
 from foreseen.data.source import Blob, FoundFile, Listing, Missing, SourceSample, Splits, digest_files, walk
 from foreseen.errors import BadInput
+from foreseen.files import expand_home
 
 PREFIX = "torchvision:"
 Arguments = Mapping[str, Any]
@@ -89,7 +90,7 @@ class TorchvisionSource:
                 f"did you mean {near[0]}?" if near else f"these are: {', '.join(SETS)}; others may be read as folders"
             )
             raise BadInput(f"{PREFIX}{self.set_name} is no set of torchvision that is read; {hint}")
-        self.root, self.labels, self.download = Path(folder).expanduser(), labels, download
+        self.root, self.labels, self.download = expand_home(folder), labels, download
         if not download and not os.path.isdir(self.root):
             raise BadInput(f"{self.root} is not a folder: give {PREFIX}{self.set_name}@DIR, where the set lies")
         self._open_once = lru_cache(maxsize=1)(self._open)  # one split in memory at a time

@@ -1,5 +1,6 @@
 """`foreseen data check`, `index`, `repair`, and tars given to `pack`: what a user sees."""
 
+import io
 import json
 import os
 import shutil
@@ -7,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from foreseen.commands.data import app
@@ -74,6 +77,47 @@ def test_pictures_that_two_splits_share_are_no_case_for_repair(small_shards: Pat
     said = run("check", small_shards, "--workers", 1, code=1)
     assert "37 faults: 37 leak; 17 are not shown" in said
     assert said.endswith("remedy: pack one of the splits again without the pictures that the other has\n")
+
+
+def test_near_duplicates_are_said_loudly_across_splits_and_listed_by_their_names(tmp_path: Path) -> None:
+    def picture(seed: int, quality: int = 90) -> bytes:
+        coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (5, 7, 3), dtype=np.uint8))
+        coarse.resize((160, 120), Image.Resampling.BICUBIC).save(out := io.BytesIO(), "JPEG", quality=quality)
+        return out.getvalue()
+
+    pictures = {
+        "train": {"a.jpg": picture(0), "a again.jpg": picture(0, 40), "b.jpg": picture(1), "c.jpg": picture(2)},
+        "test": {"b in test.jpg": picture(1, 40), "c in test.jpg": picture(2), "d.jpg": picture(3)},
+    }
+    for split, files in pictures.items():
+        (tmp_path / "pictures" / split).mkdir(parents=True)
+        for name, data in files.items():
+            (tmp_path / "pictures" / split / name).write_bytes(data)
+    run("pack", tmp_path / "pictures", tmp_path / "set", "--workers", 1)
+    assert "1 faults: 1 leak" in run("check", tmp_path / "set", "--workers", 1, code=1), "of the same bytes alone"
+    report = tmp_path / "found.jsonl"
+    said = run("check", tmp_path / "set", "--near-duplicates", "--report", report, "--workers", 1, code=1)
+    assert "3 pairs of pictures look alike, 2 of them across splits" in said
+    assert "LEAK: what one learns in one split is in another, by 2 pairs of pictures" in said
+    assert "2 faults: 1 leak, 1 near leak" in said
+    assert "c in test.jpg is c.jpg of train, byte for byte" in said
+    assert said.endswith("remedy: pack one of the splits again without the pictures that the other has\n")
+    found = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [(line["kind"], {line["path"], line["other_path"]}) for line in found] == [
+        ("leak", {"c.jpg", "c in test.jpg"}),
+        ("near leak", {"b.jpg", "b in test.jpg"}),
+        ("near duplicate", {"a.jpg", "a again.jpg"}),
+    ]
+    assert {"split": "test", "other_split": "train", "distance": 0}.items() <= found[0].items()
+    assert found[1]["likeness"] > 0.9
+    said = run("check", tmp_path / "set", "--near-duplicates", "--split", "train", "--workers", 1)
+    assert "1 pairs of pictures look alike, 0 of them across splits" in said
+    assert "sound: no faults\nall of them: --report FILE" in said
+
+
+def test_near_duplicates_are_looked_for_where_there_is_an_index(tars: Path) -> None:
+    with pytest.raises(BadInput, match=r"--near-duplicates is for sets with an index: run `foreseen data index"):
+        run("check", tars, "--near-duplicates")
 
 
 def test_repair_says_what_was_left_out(tars: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Exact duplicates are named when packing, near ones on request; what only looks alike to a checksum is not claimed."""
 
 import io
+import itertools
 import os
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from PIL import Image, ImageOps
 
 from foreseen.data import duplicates as duplicates_module
 from foreseen.data import near_duplicates as near_module
-from foreseen.data.duplicates import exact_duplicates
+from foreseen.data.check import check_set
+from foreseen.data.check_duplicates import check_duplicates
+from foreseen.data.duplicates import Pair, exact_duplicates
 from foreseen.data.manifest import Manifest, Shard, Split, read_manifest, write_manifest
 from foreseen.data.near_duplicates import _alike, near_duplicates, perceptual_hashes
 from foreseen.data.pack import pack
@@ -190,7 +193,10 @@ def test_unreadable_pictures_are_counted_and_passed_over(tmp_path: Path) -> None
     assert (len(found.pairs), found.unreadable) == (0, 1)
 
 
-def test_the_look_up_finds_every_pair_that_comparing_all_with_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("distance", [0, 1, 2, 3, 6, 7, 8, 9, 10])
+def test_the_look_up_finds_every_pair_that_comparing_all_with_all_finds(
+    distance: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**63, 300, dtype=np.int64).astype(np.uint64)
     near = hashes[:200].copy()
@@ -201,10 +207,19 @@ def test_the_look_up_finds_every_pair_that_comparing_all_with_all_finds(monkeypa
     bits = np.unpackbits((everything[:, None] ^ everything).view(np.uint8).reshape(len(everything), -1, 8), axis=2).sum(
         2
     )
-    expected = np.argwhere(np.triu(bits <= 10, 1))
-    assert len(expected) > 100
+    expected = np.argwhere(np.triu(bits <= distance, 1))
+    assert len(expected) >= 15 * distance
     monkeypatch.setattr(near_module, "_BLOCK", 50)
-    np.testing.assert_array_equal(_alike(everything, 10), expected)
+    np.testing.assert_array_equal(_alike(everything, distance), expected)
+
+
+def test_a_pair_is_found_wherever_its_different_bits_lie() -> None:
+    """Ten bits, shared out among the four parts in every way; other pairs are too far apart to be found."""
+    shares = [share for share in itertools.product(range(11), repeat=4) if sum(share) == 10]
+    hashes = np.random.default_rng(1).integers(0, 2**63, len(shares), dtype=np.int64).astype(np.uint64)
+    flips = [sum(((1 << bits) - 1) << 16 * part for part, bits in enumerate(share)) for share in shares]
+    found = _alike(np.concatenate([hashes, hashes ^ np.array(flips, np.uint64)]), 10)
+    np.testing.assert_array_equal(found, np.arange(len(shares))[:, None] + [0, len(shares)])
 
 
 def test_a_thousand_equal_hashes_give_a_thousand_pairs_and_not_half_a_million() -> None:
@@ -222,7 +237,11 @@ def test_the_pets_hold_24_near_duplicates_across_train_and_test(pets_archives: P
     """All 51 pairs were looked at: most show one shot, some nine another moment of one scene, and none two scenes."""
     pack_pets(tmp_path, pets_archives, workers=2)
     assert read_manifest(tmp_path).splits.keys() == {"train", "test"}
-    found = near_duplicates(open_splits(tmp_path, "train", "test"), 2).pairs
-    across = found["set"] != found["other_set"]
-    assert (len(found), int(across.sum())) == (51, 24)
-    assert (int((found["likeness"] > 0.98).sum()), int((across & (found["likeness"] > 0.98)).sum())) == (42, 23)
+    found = check_set(tmp_path, decode=False, workers=2)
+    check_duplicates(found, tmp_path, workers=2)
+    across = [pair for pair in found.faults if isinstance(pair, Pair)]
+    assert (len(across) + len(found.duplicates), len(across)) == (51, 24)
+    surely = [pair for pair in across if pair.likeness > 0.98]
+    assert (len(surely) + sum(pair.likeness > 0.98 for pair in found.duplicates), len(surely)) == (42, 23)
+    assert all(pair.path.endswith(".jpg") and pair.other_path.endswith(".jpg") for pair in across), "names of files"
+    assert all(pair.split != pair.other_split for pair in across)

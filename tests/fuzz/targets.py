@@ -3,8 +3,12 @@
 To read may end well, or in our own words: BadInput, or CorruptSample for one sample. Anything else is a fault.
 """
 
+import bz2
+import contextlib
+import gzip
 import io
 import json
+import lzma
 import random
 import struct
 import tarfile
@@ -20,19 +24,33 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save as save_tensors
 
+from foreseen.commands.replay import _config as replay_config
 from foreseen.commands.verbs import load_recipe
 from foreseen.config import RECIPES, read_yaml
 from foreseen.data.arrays import map_array
+from foreseen.data.batch import BatchLayout
+from foreseen.data.check import check_set, check_tars
 from foreseen.data.decode import decode
+from foreseen.data.index_tars import IndexOptions, index_tars
 from foreseen.data.manifest import Manifest, Shard, Split, read_manifest, write_manifest
+from foreseen.data.picture_header import read_header
 from foreseen.data.shards import INDEX_ROW, CorruptSample, ShardSet, index_digest
 from foreseen.data.table import Columns, TableSource
+from foreseen.data.tar_labels import LabelRule, read_classes
+from foreseen.data.tar_paths import find_tars, holds_tars
+from foreseen.data.tar_source import TarSource
 from foreseen.data.tars import scan_tar
+from foreseen.data.unpack_tar import unpack_tar
+from foreseen.data.urls import check_url, is_stream, is_url, join
+from foreseen.engine.bundle import Bundle, Sample, read_bundle
 from foreseen.engine.checkpoint import Checkpoints
+from foreseen.engine.ledger import PIXELS, SAMPLES, Ledger, read_ledger
 from foreseen.engine.log import _drop_lines_after
+from foreseen.engine.recorder import Record
 from foreseen.engine.run_folder import record_start
 from foreseen.engine.unreadable import FILE_NAME, UnreadableList
 from foreseen.handoff.encoder import load_encoder
+from foreseen.masked import masked
 from foreseen.printable import printable
 from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_png, mutate_text
 
@@ -77,12 +95,18 @@ def _pictures() -> dict[str, bytes]:
         "tiff jpeg": (rgb, "TIFF", {"compression": "jpeg"}),
         "tiff g4": (rgb.convert("1"), "TIFF", {"compression": "group4"}),
         "tiff 16": (Image.fromarray(pixels[..., 0].astype(np.uint16)), "TIFF", {}),
+        "ppm": (rgb, "PPM", {}),
+        "ppm grey": (rgb.convert("L"), "PPM", {}),
+        "ppm bits": (rgb.convert("1"), "PPM", {}),
+        "ppm 16": (Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), "PPM", {}),
+        "ppm floats": (rgb.convert("F"), "PPM", {}),
     }
     made = {}
     for name, (image, kind, options) in kinds.items():
         out = io.BytesIO()
         image.save(out, kind, **options)
         made[name] = out.getvalue()
+    made["ppm 10 bits"] = b"P6 # ten bits\n8 4\n1023\n" + bytes(range(192))
     return made
 
 
@@ -114,6 +138,18 @@ def _read_picture(data: bytes, folder: Path) -> None:
             assert pixels.flags.c_contiguous
     if refused is not None:
         raise refused
+
+
+def _make_header(rng: random.Random) -> bytes:
+    data = _make_picture(rng.choice(sorted({name.split()[0] for name in _pictures()})))(rng)
+    return data[: rng.randrange(len(data) + 1)] if rng.random() < 0.3 else data
+
+
+def _read_header(data: bytes, folder: Path) -> None:
+    header = read_header(data)
+    assert min(header.width, header.height, header.bits) >= 0
+    assert all(isinstance(value, int) for value in header[2:])
+    printable(f"{header.format} {header.mode}").encode()
 
 
 @cache
@@ -264,6 +300,210 @@ def _read_manifest(data: bytes, folder: Path) -> None:
     _use_set(folder)
 
 
+@cache
+def _foreign_tars() -> tuple[bytes, ...]:
+    """As others make them: labels in cls or json, label maps, pickles, scattered members, a key twice."""
+    mask = io.BytesIO()
+    Image.new("L", (24, 20)).save(mask, "PNG")
+    made = []
+    for scattered in (False, True):
+        samples = [
+            [
+                (f"s/{number}.jpg", _pictures()["jpeg"]),
+                (f"s/{number}.cls", str(number % 3).encode()),
+                (f"s/{number}.json", json.dumps({"label": "abc"[number % 3], "n": number, "x": [None, 0.5]}).encode()),
+                (f"s/{number}.seg.png", mask.getvalue()),
+                (f"s/{number}.pyd", b"\x80\x04."),
+            ]
+            for number in range(3)
+        ]
+        members = [member for sample in samples for member in sample]
+        if scattered:
+            members = members[::2] + members[1::2] + [*samples[0][:1], ("._x.jpg", b"x"), ("nameless", b"x")]
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        made.append(out.getvalue())
+    return tuple(made)
+
+
+def _make_foreign_tar(rng: random.Random) -> bytes:
+    if rng.random() < 0.2:
+        return _make_tar(rng)
+    raw = bytearray(rng.choice(_foreign_tars()))
+    for _ in range(rng.randint(1, 3)):  # a name or a small member, with a header that is right
+        at = rng.choice([at for at in range(0, len(raw), 512) if raw[at + 257 : at + 262] == b"ustar"])
+        size = int(raw[at + 124 : at + 135], 8)
+        if rng.random() < 0.4:
+            names = (
+                b"s/0.jpg",
+                b"s/1.json",
+                b"s/0.cls",
+                b"s/2.png",
+                b"../x.jpg",
+                b"a\xff.jpg",
+                b".",
+                b"a.",
+                b"s/0.SEG.PNG",
+            )
+            raw[at : at + 100] = rng.choice(names).ljust(100, b"\0")
+        elif 0 < size < 200:
+            words = (
+                b"-1",
+                b"9" * 150,
+                b"1e400",
+                b"{}",
+                b"[1]",
+                b'{"label": [1]}',
+                b'{"label": NaN}',
+                b"\xff",
+                b"",
+                b"x\n",
+            )
+            body = (
+                rng.choice(words) if rng.random() < 0.5 else mutate_bytes(bytes(raw[at + 512 : at + 512 + size]), rng)
+            )
+            raw[at + 512 : at + 1024] = body[:512].ljust(512, b"\0")
+            raw[at + 124 : at + 136] = b"%011o\0" % min(len(body), 512)
+        raw[at + 148 : at + 156] = b" " * 8
+        raw[at + 148 : at + 156] = b"%06o\0 " % sum(raw[at : at + 512])
+    return mutate_bytes(bytes(raw), rng) if rng.random() < 0.3 else bytes(raw)
+
+
+def _read_as_source(data: bytes, folder: Path) -> None:
+    (folder / "a.tar").write_bytes(data)
+    for salvage in (True, False):
+        splits = TarSource([str(folder / "a.tar")], salvage=salvage).read()
+        for note in splits.notes:
+            printable(note).encode()
+        for samples in splits.splits.values():
+            for sample in samples:
+                printable(sample.name).encode()
+                json.dumps(dict(sample.meta))
+                with contextlib.suppress(CorruptSample):
+                    sample.image.read()
+                    for blob in sample.masks.values():
+                        blob.read()
+
+
+def _read_as_index(data: bytes, folder: Path) -> None:
+    (folder / "a.tar").write_bytes(data)
+    for fault in check_tars([folder / "a.tar"], workers=1).faults:
+        printable(f"{fault.key}: {fault.reason}").encode()
+    for labels in (None, LabelRule("json", "label")):
+        options = IndexOptions(labels=labels, checksums=True, statistics=True)
+        index_tars({"train": [folder / "a.tar"]}, folder, options, workers=1, overwrite=True)
+        _use_set(folder)
+    assert check_set(folder, workers=1).splits.keys() == {"train"}
+
+
+def _make_compressed(rng: random.Random) -> bytes:
+    pack = rng.choice((gzip.compress, bz2.compress, lzma.compress))
+    data = pack(_foreign_tars()[0])
+    data = data + pack(_foreign_tars()[0][:512]) if rng.random() < 0.2 else data  # a second stream
+    return mutate_bytes(data, rng, head=rng.choice((0, 30)))
+
+
+def _read_compressed(data: bytes, folder: Path) -> None:
+    (folder / "a.tar.gz").write_bytes(data)
+    unpack_tar(folder / "a.tar.gz", folder / "a.tar")
+    assert (folder / "a.tar").stat().st_size <= 1 << 30
+
+
+_ADDRESSES = (
+    "train-{000..123}.tar", "{a,b}/{train,val}-{0..3}.tar", "{a..z}.tar", "x{0..9..2}.tar", "~/train-{00..10}.tar",
+    "s3://bucket/train-{0..9}.tar", "https://user:secret@host:80/a/b.tar?x=1", "http://host/set", "pipe:cat a.tar",
+    "file::s3://x/a.tar", "a.tar",
+)  # fmt: skip
+
+
+def _make_address(rng: random.Random) -> bytes:
+    text = rng.choice(_ADDRESSES)
+    if rng.random() < 0.5:
+        bombs = (
+            "{0..999999999}", "{0..9999999999999999999999}", "{a,b}" * 40, "{a..z}" * 9, "{x,{y," * 300 + "}}" * 300,
+            "{a{0..99999}{0..99999},b}", "{" * 3000, "{" * 3000 + "}" * 3000, "{0.." + "9" * 5000 + "}", "{1..2}" * 18,
+        )  # fmt: skip
+        at = rng.randrange(len(text) + 1)
+        text = text[:at] + rng.choice(bombs) + text[at:]
+    return (mutate_text(text, rng) if rng.random() < 0.7 else text).encode("utf-8", "replace")
+
+
+def _read_address(data: bytes, folder: Path) -> None:
+    text = data.decode("utf-8", "replace")
+    is_stream(text)
+    printable(masked(text)).encode()
+    holds_tars(text)
+    if is_url(text):
+        check_url(text, "data.path")
+        printable(join(text, "a b.tar")).encode()
+    find_tars([text])
+
+
+_ROW: dict[str, Any] = {"path": "0.jpg", "label": "a", "split": "train", "weight": 0.5, "tags": ["x"]}
+
+
+def _make_json_lines(rng: random.Random) -> bytes:
+    rows = [json.dumps(_ROW | {"path": f"{number}.jpg", "label": number % 2}).encode() for number in range(4)]
+    rows[rng.randrange(4)] = mutate_json(_ROW, rng)
+    data = b"\n".join(rows) + b"\n"
+    return mutate_bytes(data, rng) if rng.random() < 0.2 else data
+
+
+def _make_list(rng: random.Random) -> bytes:
+    rows = rng.choice((["0.jpg", "# x", "a b.jpg", "/x/2.jpg"], ["0.jpg\ta", "1.jpg\tb"], ["0.jpg 3", "n/1.JPEG  -1"]))
+    text = mutate_text("\n".join(rows) + "\n", rng)
+    return mutate_bytes(text.encode("utf-8", "replace"), rng) if rng.random() < 0.3 else text.encode("utf-8", "replace")
+
+
+def _make_ledger(rng: random.Random) -> bytes:
+    out = io.BytesIO()
+    np.save(out, np.arange(12, dtype="<u8").reshape(3, 4))
+    data = out.getvalue()
+    start = 10 + int.from_bytes(data[8:10], "little")
+    if rng.random() < 0.5:
+        return mutate_bytes(data, rng, head=start)
+    header = mutate_text(data[10:start].decode("latin1"), rng).encode("latin1", "replace")[:60_000]
+    return data[:8] + struct.pack("<H", len(header)) + header + data[start:]
+
+
+def _read_ledger(data: bytes, folder: Path) -> None:
+    (folder / "ledger").mkdir()
+    for kind in (SAMPLES, PIXELS):
+        (folder / f"ledger/{kind}.npy").write_bytes(data)
+    ledger = Ledger(folder, BatchLayout(4, 4), 3, _accelerator(), pixels=False)
+    try:
+        numbers = read_ledger(folder, PIXELS)
+        assert numbers.ndim == 2
+        assert numbers.nbytes <= len(data)
+    finally:
+        ledger.forget(1, 2)  # a run goes on, whatever it finds there
+    assert read_ledger(folder).shape == (3, 4)
+
+
+@cache
+def _bundle() -> Any:
+    recipe = load_recipe("pretrain", "mae_cpu_minutes", ["run.dir=a", "data.path=b"]).with_length(1000)
+    run = {
+        "config": recipe.model_dump(mode="json"), "parents": [], "order_version": 1, "dataset_fingerprint": "a",
+        "labels_fingerprint": None,
+    }  # fmt: skip
+    bundle = Bundle(
+        verb="pretrain", reason="non-finite", sentence="a", step=3, rewinds=((1, 2),), checkpoint=2, ranks=1,
+        micro_size=4, accumulation=1, samples=(Sample(position=12, sample=1, name="a"),), environment={}, run=run,
+        ring=(Record(step=3, values={"loss": float("nan")}, finite=False, lr=0.1, bad="non-finite"),),
+    )  # fmt: skip
+    return json.loads(bundle.model_dump_json())
+
+
+def _read_bundle(data: bytes, folder: Path) -> None:
+    (folder / "bundle.json").write_bytes(data)
+    replay_config(read_bundle(folder), folder, None)
+
+
 def _make_recipe(rng: random.Random) -> bytes:
     path = rng.choice(sorted((RECIPES / "pretrain").glob("*.yaml")))
     return mutate_text(path.read_text(encoding="utf-8"), rng).encode("utf-8", "replace")
@@ -311,14 +551,27 @@ def _make_table(rng: random.Random) -> bytes:
     return mutate_bytes(text.encode("utf-8", "replace"), rng) if rng.random() < 0.3 else text.encode("utf-8", "replace")
 
 
-def _read_table(data: bytes, folder: Path) -> None:
-    (folder / "0.jpg").write_bytes(b"x")
-    (folder / "table.csv").write_bytes(data)
-    source = TableSource(folder / "table.csv", Columns())
-    source.digest()
-    for samples in source.read().splits.values():
-        for number in range(min(len(samples), 20)):
-            printable(samples[number].name).encode()
+def _read_table(suffix: str) -> Callable[[bytes, Path], None]:
+    def read(data: bytes, folder: Path) -> None:
+        (folder / "0.jpg").write_bytes(b"x")
+        file = folder / f"table{suffix}"
+        file.write_bytes(data)
+        source = TableSource(file, Columns(), keep=None)
+        source.digest()
+        for samples in source.read().splits.values():
+            for number in range(min(len(samples), 20)):
+                printable(samples[number].name).encode()
+                json.dumps(dict(samples[number].meta))
+
+    return read
+
+
+def _read_list(data: bytes, folder: Path) -> None:
+    (folder / "classes.txt").write_bytes(data)
+    try:
+        read_classes(folder / "classes.txt")
+    finally:
+        _read_table(".txt")(data, folder)
 
 
 @cache
@@ -401,7 +654,11 @@ def _read_encoder(data: bytes, folder: Path) -> None:
 
 
 TARGETS: dict[str, Target] = {
-    **{kind: Target(_make_picture(kind), _read_picture) for kind in ("jpeg", "png", "gif", "bmp", "webp", "tiff")},
+    **{
+        kind: Target(_make_picture(kind), _read_picture)
+        for kind in ("jpeg", "png", "gif", "bmp", "webp", "tiff", "ppm")
+    },
+    "header": Target(_make_header, _read_header),
     "tar": Target(_make_tar, _read_tar),
     "index": Target(_make_array("index"), _read_index),
     "labels": Target(_make_array("labels"), _read_labels),
@@ -410,8 +667,16 @@ TARGETS: dict[str, Target] = {
     "recipe": Target(_make_recipe, _read_recipe),
     "override": Target(_make_override, _read_override),
     "resolved config": Target(_make_resolved, _read_resolved),
-    "table": Target(_make_table, _read_table),
+    "table": Target(_make_table, _read_table(".csv")),
+    "json lines": Target(_make_json_lines, _read_table(".jsonl")),
+    "list": Target(_make_list, _read_list),
     "tensors": Target(_make_tensors, _read_tensors),
     "run folder": Target(_make_run_json, _read_run_json),
     "encoder": Target(_make_encoder, _read_encoder),
+    "tar source": Target(_make_foreign_tar, _read_as_source),
+    "tar index": Target(_make_foreign_tar, _read_as_index),
+    "compressed tar": Target(_make_compressed, _read_compressed),
+    "address": Target(_make_address, _read_address),
+    "ledger": Target(_make_ledger, _read_ledger),
+    "bundle": Target(lambda rng: mutate_json(_bundle(), rng), _read_bundle),
 }
