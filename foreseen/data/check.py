@@ -20,7 +20,7 @@ from foreseen.data.check_shard import CheckedShard, CheckJob, check_shard
 from foreseen.data.manifest import WORK_PREFIX, Manifest, Split, read_manifest, write_manifest
 from foreseen.data.parallel import count_cpus, map_in_processes
 from foreseen.data.publish import lock_folder, save_array
-from foreseen.data.shards import INDEX_ROW, TAR_BLOCK, index_digest
+from foreseen.data.shards import INDEX_ROW, TAR_BLOCK, rows_digest
 from foreseen.data.tar_labels import LabelRule
 from foreseen.data.tar_samples import Fault, count_up
 from foreseen.errors import BadInput
@@ -138,10 +138,12 @@ class _Table:
         self.index = self._load(entry.index, INDEX_ROW, found)
         self.labels = None if entry.labels is None else self._load(entry.labels, np.dtype("<i4"), found)
         self.shards: dict[int, CheckedShard] = {}
-        if self.index is not None and (digest := index_digest(self.index)) != entry.index_digest:
+        self.is_half_written = False  # a writing of checksums was stopped between the index and the manifest
+        if self.index is not None and (digest := rows_digest(self.index)) != entry.index_digest:
             blank = self.index.copy()
             blank["crc32"] = 0
-            if index_digest(blank) != entry.index_digest:  # else a writing of checksums was stopped in its midst
+            self.is_half_written = rows_digest(blank) == entry.index_digest
+            if not self.is_half_written:
                 reason = f"{entry.index} has changed since it was written: its digest is {digest}"
                 found.faults.append(Fault("index", "", reason, split=name))
 
@@ -294,10 +296,15 @@ def _write_checksums(folder: Path, tables: dict[str, "_Table"], found: Findings)
     """Fill in the checksums that are not known; what is already there stays."""
     with lock_folder(folder):
         for name, table in tables.items():
-            if table.index is None or not table.unknown:
+            if table.index is None or not (table.unknown or table.is_half_written):
                 continue
             if any(fault.split == name and fault.kind != "leak" for fault in found.faults):
                 found.notes.append(f"the checksums of {name} were not written, since it has faults")
+                found.without_checksum += table.unknown
+                continue
+            manifest = read_manifest(folder)
+            if manifest.splits.get(name) != table.entry:
+                found.notes.append(f"the checksums of {name} were not written, since it was packed anew meanwhile")
                 found.without_checksum += table.unknown
                 continue
             rows = np.array(table.index)
@@ -306,7 +313,6 @@ def _write_checksums(folder: Path, tables: dict[str, "_Table"], found: Findings)
             save_array(folder / table.entry.index, rows)
             # The pictures are the same, and runs that were begun without checksums go on.
             first = table.entry.first_digest or table.entry.index_digest
-            manifest = read_manifest(folder)
-            entry = replace(manifest.splits[name], index_digest=index_digest(rows), first_digest=first)
+            entry = replace(table.entry, index_digest=rows_digest(rows), first_digest=first)
             write_manifest(folder, replace(manifest, splits={**manifest.splits, name: entry}))
             found.notes.append(f"wrote the checksums of {len(rows):,} samples of {name} into {table.entry.index}")

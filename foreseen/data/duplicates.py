@@ -90,12 +90,7 @@ def report_duplicates(file: Path, sets: Sequence[ShardSet]) -> dict[str, int]:
         return {}
     lines = []
     for number, sample, _, other in pairs.tolist():
-        lines.append("\t".join((_name(sets[last], other), sets[number].split, _name(sets[number], sample))) + "\n")
+        lines.append("\t".join((sets[last].name(other), sets[number].split, sets[number].name(sample))) + "\n")
     write_atomically(file, "".join(sorted(lines)))
     counts = np.bincount(pairs["set"], minlength=len(sets))
     return {data.split: int(count) for data, count in zip(sets, counts, strict=True) if count}
-
-
-def _name(data: ShardSet, sample: int) -> str:
-    path = data.facts(sample).get("path")
-    return path if isinstance(path, str) else data.describe(sample)

@@ -25,7 +25,7 @@ from foreseen.config import RECIPES, read_yaml
 from foreseen.data.arrays import map_array
 from foreseen.data.decode import decode
 from foreseen.data.manifest import Manifest, Shard, Split, read_manifest, write_manifest
-from foreseen.data.shards import INDEX_ROW, CorruptSample, ShardSet, index_digest
+from foreseen.data.shards import INDEX_ROW, CorruptSample, ShardSet, rows_digest
 from foreseen.data.table import Columns, TableSource
 from foreseen.data.tars import scan_tar
 from foreseen.engine.checkpoint import Checkpoints
@@ -212,7 +212,7 @@ def _write_set(folder: Path, **other: bytes) -> None:
     index = np.zeros(ROWS, INDEX_ROW)
     split = Split(
         samples=ROWS, shards=(Shard("train-000000.tar", ROWS, len(parts["tar"])),), image="jpg",
-        index="train.index.npy", index_digest=index_digest(index), labels="train.labels.npy", mean=(0.5,) * 3,
+        index="train.index.npy", index_digest=rows_digest(index), labels="train.labels.npy", mean=(0.5,) * 3,
         std=(0.2,) * 3, source="fuzz", licence=None, plan=None,
     )  # fmt: skip
     write_manifest(folder, Manifest({"train": split}, ("a", "b")))
