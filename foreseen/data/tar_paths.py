@@ -8,12 +8,12 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from foreseen.data.folder import SPLIT_NAMES
 from foreseen.data.source import entries, is_picture, walk
 from foreseen.errors import BadInput
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
-SPLIT_WORDS = frozenset({"train", "val", "valid", "validation", "test"})
 
 _MOST_TARS = 1_000_000
 
@@ -52,7 +52,7 @@ def find_tars(places: Sequence[str], *, compressed: bool = True) -> list[Path]:
     for place in places:
         path = Path(place).expanduser()
         if is_pattern(str(path)):
-            found += [_existing(file) for file in _expand(str(path))]
+            found += [_existing(Path(file)) for file in expand_braces(str(path))]
         elif path.is_dir():
             names = sorted(name for name, _ in entries(path) if is_tar_name(name))
             names = [name for name in names if compressed or name.lower().endswith(TAR_SUFFIX)]
@@ -66,6 +66,16 @@ def find_tars(places: Sequence[str], *, compressed: bool = True) -> list[Path]:
         if (other := there.setdefault(file.name, file)) is not file:
             raise BadInput(f"{other} and {file} have the same file name, by which shards are known: rename one of them")
     return found
+
+
+def check_apart(out: Path, files: Sequence[Path]) -> None:
+    """Refuse to pack tars into the folder that they lie in: what is packed there replaces files of such names.
+
+    Raises:
+        BadInput: a tar lies in that folder.
+    """
+    if out.resolve() in {file.parent.resolve() for file in files}:
+        raise BadInput(f"{out} is the folder of the tars themselves: give a new folder")
 
 
 def by_split(files: Sequence[Path], split: str | None = None) -> tuple[dict[str, list[Path]], bool]:
@@ -88,16 +98,21 @@ def by_split(files: Sequence[Path], split: str | None = None) -> tuple[dict[str,
 
 
 def _split_word(name: str) -> str | None:
-    words = {word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS}
+    words = {word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_NAMES}
     return words.pop() if len(words) == 1 else None
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern such as `train-{000..123}.tar` stands for.
+
+    Raises:
+        BadInput: they are too many, or it is no pattern.
+    """
     ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)  # counted before the library makes a list of them
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > _MOST_TARS:
         raise BadInput(f"{pattern} names more than {_MOST_TARS:,} tars: give the folder")
     try:
-        return [Path(name) for name in braceexpand(pattern)]
+        return list(braceexpand(pattern))
     except ValueError as error:
         raise BadInput(f"{pattern} is no pattern of tars such as train-{{000..123}}.tar: {error}") from None
 
