@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ def _read_csv(file: Path, text: IO[str]) -> Table:
     head = [name.strip() for name in filled[0][1]] if filled else []
     if len(filled) < 2:
         raise BadInput(f"{file} has no rows below its head: it needs one for each picture")
+    if len(head) > _MAX_COLUMNS:
+        raise BadInput(f"{file} has {len(head):,} columns, more than {_MAX_COLUMNS:,}: it is no table of pictures")
     if twice := [name for name in head if head.count(name) > 1]:
         raise BadInput(f"{file} has two columns {twice[0]!r}: rename one of them")
     rows = filled[1:]
@@ -164,8 +167,8 @@ def _finite(text: str) -> float | None:
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has {name!r} twice")
     return found
 
 
