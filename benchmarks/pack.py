@@ -24,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from foreseen.data.decode import decode
-from foreseen.data.pack import count_cpus, pack
+from foreseen.data.pack import pack
+from foreseen.data.parallel import count_cpus
 from foreseen.data.source import FolderListing
 
 SHARD_SAMPLES = 1000

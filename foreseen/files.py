@@ -4,10 +4,12 @@ A path may lead to a pipe, on which opening waits for ever, or to a device, whic
 memory, or nested deeper than any parser goes.
 """
 
+import fcntl
 import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,3 +112,31 @@ def bounded_lines(text: IO[str], file: Path) -> Iterator[str]:
         if len(line) == MAX_LINE and not line.endswith("\n"):
             raise BadInput(f"{file} has a line of more than {MAX_LINE:,} characters: it is no table or list")
         yield line
+
+
+@contextmanager
+def locked(file: Path, *, waits: bool) -> Iterator[int | None]:
+    """A file, made if need be, that no other process holds; None where one does and `waits` is False."""
+    while True:
+        number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            if _is_at(file, number):
+                yield number
+                return
+        finally:
+            os.close(number)
+        if not waits:  # it was renamed or deleted meanwhile
+            yield None
+            return
+
+
+def _is_at(file: Path, number: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(file), os.fstat(number))
+    except FileNotFoundError:
+        return False

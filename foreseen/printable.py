@@ -29,6 +29,11 @@ def printable(text: str, *, keep: str = "") -> str:
     return "".join(letter if letter in keep else _shown(letter) for letter in text)
 
 
+def say(text: str) -> None:
+    """Print a line, with what strangers wrote in it made fit for a terminal."""
+    print(printable(text))
+
+
 def _encodable(text: str) -> bool:
     """Whether its surrogates, if any, stand for bytes."""
     return not any("\ud800" <= letter <= "\udfff" and not "\udc80" <= letter <= "\udcff" for letter in text)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foreseen.commands import data_doctor, data_look
+from foreseen.printable import say
 
 if TYPE_CHECKING:
     from foreseen.data.pack import Summary
@@ -96,16 +97,20 @@ def pack(
     from foreseen.data.pack import pack as pack_samples
     from foreseen.data.split_fractions import divide, parse_fractions
     from foreseen.data.table import Columns
+    from foreseen.data.tar_paths import check_apart
+    from foreseen.data.tar_source import TarSource
 
     columns = Columns(image=image_column, label=label_column, split=split_column)
     keep = parse_keep(keep_columns)
     options = SourceOptions(labels or ("none" if is_folder(src) else "auto"), columns, hf_config, keep, download)
     fractions = None if split_fractions is None else parse_fractions(split_fractions)
     source = open_source(src, options)
+    if isinstance(source, TarSource):
+        check_apart(out, source.files)
     joined = read_manifest(out) if (out / FILE_NAME).exists() else Manifest({})
     found = source.read(joined.classes)
     for note in found.notes:
-        print(note)
+        say(note)
     chosen = found.choose(split) if fractions is None else divide(found, split, fractions, seed)
     for name, samples in chosen.items():
         with progress(f"packing {name}") as report:
@@ -129,7 +134,7 @@ def pack(
             )
         _report(summary)
     first = "train" if "train" in chosen else next(iter(chosen))
-    print(f"next: foreseen pretrain mae_vit_b16 data.path={out} data.split={first}")
+    say(f"next: foreseen pretrain mae_vit_b16 data.path={out} data.split={first}")
 
 
 @app.command()
@@ -158,7 +163,7 @@ def pets(
         summaries = pack_pets(out, archives, max_side=max_side, workers=workers, overwrite=overwrite, progress=begin)
     for summary in summaries:
         _report(summary)
-    print(f"next: foreseen pretrain mae_vit_b16 data.path={out}")
+    say(f"next: foreseen pretrain mae_vit_b16 data.path={out}")
 
 
 def _report(summary: "Summary") -> None:
@@ -166,23 +171,23 @@ def _report(summary: "Summary") -> None:
     size = f"{summary.bytes / 1e6:,.1f} MB"
     where = f"{summary.path}, split {summary.split}"
     if summary.was_there:
-        print(f"kept {summary.samples:,} pictures, packed from the same files before (--overwrite packs anew): {where}")
+        say(f"kept {summary.samples:,} pictures, packed from the same files before (--overwrite packs anew): {where}")
         return
-    print(f"packed {summary.samples:,} pictures ({summary.image}) in {summary.shards:,} shards, {size}: {where}")
+    say(f"packed {summary.samples:,} pictures ({summary.image}) in {summary.shards:,} shards, {size}: {where}")
     if summary.kept_shards:
-        print(f"  {summary.kept_shards:,} shards were there from an earlier, unfinished packing")
+        say(f"  {summary.kept_shards:,} shards were there from an earlier, unfinished packing")
     if summary.shrunk:
-        print(f"  {summary.shrunk:,} pictures were shrunk")
+        say(f"  {summary.shrunk:,} pictures were shrunk")
     if summary.converted:
-        print(f"  {summary.converted:,} pictures of other formats were converted to {summary.image}")
+        say(f"  {summary.converted:,} pictures of other formats were converted to {summary.image}")
     for split, count in summary.duplicates.items():
         if split == summary.split:
-            print(f"  {count:,} pictures repeat an earlier one byte for byte, and were kept")
+            say(f"  {count:,} pictures repeat an earlier one byte for byte, and were kept")
         else:
-            print(f"  LEAK: {count:,} pictures are also in the split {split}, byte for byte: remove them from one")
+            say(f"  LEAK: {count:,} pictures are also in the split {split}, byte for byte: remove them from one")
     if summary.duplicates:
-        print(f"  all of them: {summary.path / summary.split}.duplicates.txt")
+        say(f"  all of them: {summary.path / summary.split}.duplicates.txt")
     if summary.unreadable:
         name, reason = min(summary.unreadable)
-        print(f"  {len(summary.unreadable):,} pictures cannot be read and were left out, such as {name}: {reason}")
-        print(f"  all of them: {summary.path / summary.split}.unreadable.txt")
+        say(f"  {len(summary.unreadable):,} pictures cannot be read and were left out, such as {name}: {reason}")
+        say(f"  all of them: {summary.path / summary.split}.unreadable.txt")

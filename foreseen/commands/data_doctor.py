@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from foreseen.printable import say
+
 if TYPE_CHECKING:
     from foreseen.data.check import Findings
     from foreseen.data.tar_samples import Fault
@@ -79,14 +81,14 @@ def check(
         write_atomically(report, "".join(f"{line}\n" for line in lines))
     _print_findings(found, time.monotonic() - began)
     if report is not None and (found.faults or found.duplicates):
-        print(f"all of them: {report}")
+        say(f"all of them: {report}")
     elif len(found.faults) > _SHOWN or found.duplicates:
-        print("all of them: --report FILE")
+        say("all of them: --report FILE")
     if not found.faults:
         if not found.is_indexed:
-            print(f"next: foreseen data index {place}")
+            say(f"next: foreseen data index {place}")
         return
-    print(f"remedy: {_remedy(found, place)}")
+    say(f"remedy: {_remedy(found, place)}")
     raise typer.Exit(1)
 
 
@@ -146,19 +148,19 @@ def index(
         )
     for one in found:
         where = f"{place}, split {one.split}"
-        print(
+        say(
             f"indexed {one.entry.samples:,} samples ({one.entry.image}) in {len(one.entry.shards):,} tars, labels "
             f"{one.labels}: {where}"
         )
         for note in one.notes:
-            print(f"  {note}")
+            say(f"  {note}")
     samples = sum(one.entry.samples for one in found)
-    print(f"{samples:,} samples in {time.monotonic() - began:.1f} s")
+    say(f"{samples:,} samples in {time.monotonic() - began:.1f} s")
     if not checksums:
-        print(f"checksums are not known: foreseen data check {place} --write-checksums reads every picture for them")
+        say(f"checksums are not known: foreseen data check {place} --write-checksums reads every picture for them")
     first = found[0].split
     at = "" if place.resolve() == folders[0].resolve() else f" data.shards_at={folders[0]}"
-    print(f"next: foreseen pretrain mae_vit_b16 data.path={place} data.split={first}{at}")
+    say(f"next: foreseen pretrain mae_vit_b16 data.path={place} data.split={first}{at}")
 
 
 def repair(
@@ -172,46 +174,44 @@ def repair(
     from foreseen.data.repair import repair as write_copy
 
     summaries = write_copy(
-        src, out, shards_at=shards_at, workers=workers, say=print, progress=lambda split: progress(f"copying {split}")
+        src, out, shards_at=shards_at, workers=workers, say=say, progress=lambda split: progress(f"copying {split}")
     )
     for summary in summaries:
         where = f"{out}, split {summary.split}"
-        print(f"copied {summary.samples:,} samples ({summary.image}) in {summary.shards:,} shards: {where}")
+        say(f"copied {summary.samples:,} samples ({summary.image}) in {summary.shards:,} shards: {where}")
         if summary.converted:
-            print(f"  {summary.converted:,} pictures of other formats were converted to {summary.image}")
+            say(f"  {summary.converted:,} pictures of other formats were converted to {summary.image}")
         for name, reason in sorted(summary.unreadable)[:_SHOWN]:
-            print(f"  left out {name}: {reason}")
+            say(f"  left out {name}: {reason}")
         if summary.unreadable:
-            print(f"  {len(summary.unreadable):,} left out in all: {out / summary.split}.unreadable.txt")
-    print(f"next: foreseen data check {out}")
+            say(f"  {len(summary.unreadable):,} left out in all: {out / summary.split}.unreadable.txt")
+    say(f"next: foreseen data check {out}")
 
 
 def _print_findings(found: "Findings", seconds: float) -> None:
     shards, samples, size = (sum(column) for column in zip(*found.splits.values(), strict=True))
     what = "pictures decoded" if found.decoded else "pictures not decoded"
     what = what if found.is_indexed else "no index: structure alone"
-    print(
-        f"checked {found.place}: {samples:,} samples, {shards:,} shards, {size / 1e6:,.1f} MB, {seconds:.1f} s; {what}"
-    )
+    say(f"checked {found.place}: {samples:,} samples, {shards:,} shards, {size / 1e6:,.1f} MB, {seconds:.1f} s; {what}")
     for name, (shards, samples, _) in found.splits.items():
         if name:
             count = sum(fault.split == name for fault in found.faults)
-            print(f"  {name}: {samples:,} samples in {shards:,} shards, {f'{count:,} faults' if count else 'sound'}")
+            say(f"  {name}: {samples:,} samples in {shards:,} shards, {f'{count:,} faults' if count else 'sound'}")
     for note in found.notes:
-        print(f"  {note}")
+        say(f"  {note}")
     if found.without_checksum:
-        print(f"  {found.without_checksum:,} samples have no checksum yet: --write-checksums puts them into the index")
+        say(f"  {found.without_checksum:,} samples have no checksum yet: --write-checksums puts them into the index")
     for fault in _first_of_each_kind(found.faults):
         where = " ".join(part for part in (fault.shard or fault.split, fault.key) if part)
-        print(f"{where}: {fault.kind}: {fault.reason}" if where else f"{fault.kind}: {fault.reason}")
+        say(f"{where}: {fault.kind}: {fault.reason}" if where else f"{fault.kind}: {fault.reason}")
     if not found.faults:
-        print("sound: no faults")
+        say("sound: no faults")
         return
     kinds: dict[str, int] = {}
     for fault in found.faults:
         kinds[fault.kind] = kinds.get(fault.kind, 0) + 1
     rest = f"; {len(found.faults) - _SHOWN:,} are not shown" if len(found.faults) > _SHOWN else ""
-    print(f"{len(found.faults):,} faults: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) + rest)
+    say(f"{len(found.faults):,} faults: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) + rest)
 
 
 def _first_of_each_kind(faults: "list[Fault]") -> "list[Fault]":

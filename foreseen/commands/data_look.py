@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from foreseen.commands.data_doctor import ShardsAt
+from foreseen.printable import say
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -31,6 +34,7 @@ def stats(
     ] = 10_000,
     decoded: Annotated[int, typer.Option(help="Pictures decoded for mean and std, where none are known.")] = 500,
     seed: Seed = 0,
+    shards_at: ShardsAt = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Counts, sizes, formats, modes, bit depths, mean and std, and class balance, from headers."""
@@ -45,7 +49,7 @@ def stats(
     for option, value in (("--samples", samples), ("--decoded", decoded)):
         if value < 0:
             raise BadInput(f"{option} is {value}, it must be 0 or more")
-    splits, manifest = open_pictures(src, split)
+    splits, manifest = open_pictures(src, split, shards_at)
     found: dict[str, Any] = {}
     for number, (name, pictures) in enumerate(splits.items()):
         entry = manifest.splits.get(name)
@@ -65,7 +69,8 @@ def stats(
         )
         found[name] = origin | asdict(statistics)
         if not json:
-            print("\n" * (number > 0) + "\n".join(_describe(name, statistics, origin)))
+            for line in [""] * (number > 0) + _describe(name, statistics, origin):
+                say(line)
     if json:
         print(dumps({"path": src, "splits": found}, indent=1, ensure_ascii=False))
 
@@ -147,6 +152,7 @@ def show(
     ] = False,
     columns: Annotated[int, typer.Option(help="Pictures in a row.")] = 8,
     seed: Seed = 0,
+    shards_at: ShardsAt = None,
 ) -> None:
     """A contact sheet of pictures drawn at random, upright, with labels and names."""
     from foreseen.data.contact_sheet import draw_sheet
@@ -158,7 +164,7 @@ def show(
             raise BadInput(f"{option} is {value}, it must lie in [1, {most}]")
     if out.suffix.lower() != ".png":
         raise BadInput(f"--out is {out}, it must end in .png")
-    splits, manifest = open_pictures(src, split)
+    splits, manifest = open_pictures(src, split, shards_at)
     rows: list[tuple[str, list[Tile]]] = []
     for name, pictures in splits.items():
         for heading, chosen in _choose(pictures, manifest.classes, label, by_class, samples, columns, seed):
@@ -173,7 +179,7 @@ def show(
     sheet = draw_sheet(title, rows, columns=min(columns, max(len(tiles) for _, tiles in rows)))
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out)
-    print(f"wrote a sheet of {shown:,} pictures: {out} ({sheet.width:,} x {sheet.height:,} pixels)")
+    say(f"wrote a sheet of {shown:,} pictures: {out} ({sheet.width:,} x {sheet.height:,} pixels)")
 
 
 def _choose(

@@ -64,7 +64,7 @@ class Jobs:
     def __enter__(self) -> "Jobs":
         self._handlers = {number: signal.signal(number, _stop) for number in _STOP}
         if self._processes > 1:
-            from foreseen.data.pack import count_cpus
+            from foreseen.data.parallel import count_cpus
 
             context = multiprocessing.get_context("spawn")
             places = context.SimpleQueue()

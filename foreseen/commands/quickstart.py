@@ -33,7 +33,7 @@ def quickstart(
     from foreseen.commands.jobs import Jobs, Preempted
     from foreseen.commands.summary_page import write_page
     from foreseen.commands.verbs import leave
-    from foreseen.data.pack import count_cpus
+    from foreseen.data.parallel import count_cpus
     from foreseen.errors import BadInput
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

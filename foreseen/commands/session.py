@@ -25,6 +25,7 @@ from foreseen.engine.run_folder import RunLock, describe_start, disk_trouble, re
 from foreseen.errors import BadInput
 from foreseen.files import write_atomically
 from foreseen.masked import masked
+from foreseen.printable import printable
 from foreseen.processes import exit_with_the_launcher
 
 if TYPE_CHECKING:
@@ -108,6 +109,12 @@ def open_data(data: Data, split: str, accelerator: Accelerator, *, size: int) ->
     is packed, once into a cache. A source's validation split stands in for a test split that it has not.
     """
     path: str | Path
+    if data.shards_at is not None and (data.path is None or not (is_url(data.path) or is_packed(data.path))):
+        raise BadInput(
+            f"data.shards_at {masked(data.shards_at)} says where the tars of a set lie, and data.path {data.path} is "
+            "no set, but packed first: set data.shards_at to null, or make an index of the tars with "
+            "`foreseen data index` and give its folder in data.path"
+        )
     if data.path is None:
         path = procedural_pets(size, accelerator)
     elif is_stream(data.path):
@@ -138,7 +145,7 @@ def _pack_once(accelerator: Accelerator, src: str, options: SourceOptions, test_
                 src,
                 options,
                 test_fraction=test_fraction,
-                say=accelerator.print,
+                say=lambda text: accelerator.print(printable(text)),
                 progress=lambda split: progress(f"packing {split}"),
             )
         if group is not None:
@@ -150,7 +157,7 @@ def _pack_once(accelerator: Accelerator, src: str, options: SourceOptions, test_
             "share, or pack with `foreseen data pack`"
         )
     for note in found[0].notes:
-        accelerator.print(note)
+        accelerator.print(printable(note))
     return found[0]
 
 

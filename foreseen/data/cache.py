@@ -26,7 +26,7 @@ from foreseen.files import read_json, write_atomically
 
 VALIDATION_NAMES = ("validation", "val", "valid")
 
-_VERSION = 3  # of what packing a source gives
+_VERSION = 4  # of what packing a source gives
 _NOTES = "notes.json"
 _UNLABELLED = "test_unlabelled"
 

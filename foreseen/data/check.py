@@ -22,7 +22,7 @@ from foreseen.data.duplicates import LEAK, NEAR_LEAK, Pair, describe_pair
 from foreseen.data.manifest import WORK_PREFIX, Manifest, Split, read_manifest, write_manifest
 from foreseen.data.parallel import count_cpus, map_in_processes
 from foreseen.data.publish import lock_folder, save_array
-from foreseen.data.shards import INDEX_ROW, ShardSet, index_digest
+from foreseen.data.shards import INDEX_ROW, ShardSet, rows_digest
 from foreseen.data.store import LocalStore
 from foreseen.data.tar_labels import LabelRule
 from foreseen.data.tar_samples import Fault, count_up
@@ -148,10 +148,12 @@ class _Table:
         self.index = self._load(entry.index, INDEX_ROW, found)
         self.labels = None if entry.labels is None else self._load(entry.labels, np.dtype("<i4"), found)
         self.shards: dict[int, CheckedShard] = {}
-        if self.index is not None and (digest := index_digest(self.index)) != entry.index_digest:
+        self.is_half_written = False  # a writing of checksums was stopped between the index and the manifest
+        if self.index is not None and (digest := rows_digest(self.index)) != entry.index_digest:
             blank = self.index.copy()
             blank["crc32"] = 0
-            if index_digest(blank) != entry.index_digest:  # else a writing of checksums was stopped in its midst
+            self.is_half_written = rows_digest(blank) == entry.index_digest
+            if not self.is_half_written:
                 reason = f"{entry.index} has changed since it was written: its digest is {digest}"
                 found.faults.append(Fault("index", "", reason, split=name))
 
@@ -297,10 +299,15 @@ def _write_checksums(folder: Path, tables: dict[str, "_Table"], found: Findings)
     """Fill in the checksums that are not known; what is already there stays."""
     with lock_folder(folder):
         for name, table in tables.items():
-            if table.index is None or not table.unknown:
+            if table.index is None or not (table.unknown or table.is_half_written):
                 continue
             if any(fault.split == name and fault.kind not in (LEAK, NEAR_LEAK) for fault in found.faults):
                 found.notes.append(f"the checksums of {name} were not written, since it has faults")
+                found.without_checksum += table.unknown
+                continue
+            manifest = read_manifest(folder)
+            if manifest.splits.get(name) != table.entry:
+                found.notes.append(f"the checksums of {name} were not written, since it was packed anew meanwhile")
                 found.without_checksum += table.unknown
                 continue
             rows = np.array(table.index)
@@ -309,7 +316,6 @@ def _write_checksums(folder: Path, tables: dict[str, "_Table"], found: Findings)
             save_array(folder / table.entry.index, rows)
             # The pictures are the same, and runs that were begun without checksums go on.
             first = table.entry.first_digest or table.entry.index_digest
-            manifest = read_manifest(folder)
-            entry = replace(manifest.splits[name], index_digest=index_digest(rows), first_digest=first)
+            entry = replace(table.entry, index_digest=rows_digest(rows), first_digest=first)
             write_manifest(folder, replace(manifest, splits={**manifest.splits, name: entry}))
             found.notes.append(f"wrote the checksums of {len(rows):,} samples of {name} into {table.entry.index}")

@@ -127,11 +127,10 @@ def _check_members(job: CheckJob, samples: TarSamples, found: CheckedShard) -> N
         found.faults.append(Fault("index", key, f"{more:,} pictures are not in the index, this the first"))
     if (np.diff(rows[rows >= 0]) <= 0).any():
         found.faults.append(Fault("index", "", "its pictures stand in another order than in the index"))
-    others = {name: samples.members(name) for name in samples.extensions}
     with open(job.file, "rb", buffering=0) as tar:
         for row, picture in zip(rows.tolist(), pictures.tolist(), strict=True):
             label = None if job.labels is None or row < 0 else int(job.labels[row])
-            sample = _Sample(job, samples, tar.fileno(), int(samples.sample[picture]), others)
+            sample = _Sample(job, samples, tar.fileno(), int(samples.sample[picture]))
             crc32 = sample.check(picture, 0 if row < 0 else int(job.rows[row]["crc32"]), label, has_row=row >= 0)
             found.faults += sample.faults
             if row >= 0:
@@ -152,12 +151,11 @@ def _rows_of(rows: NDArray[Any], offset: NDArray[np.int64], size: NDArray[np.int
 class _Sample:
     """One sample, and what is wrong with it."""
 
-    def __init__(
-        self, job: CheckJob, samples: TarSamples, tar: int, number: int, members: dict[str, NDArray[np.int64]]
-    ) -> None:
+    def __init__(self, job: CheckJob, samples: TarSamples, tar: int, number: int) -> None:
         self.job, self.samples, self.tar, self.number = job, samples, tar, number
         self.key = samples.keys[number]
-        self.members = {name: int(found[number]) for name, found in members.items() if found[number] >= 0}
+        members = samples.members_of(number)[::-1]  # of the same extension twice the first counts
+        self.members = {samples.extensions[samples.extension[member]]: member for member in members}
         self.faults: list[Fault] = []
 
     def check(self, picture: int, stated: int, label: int | None, *, has_row: bool) -> int:

@@ -86,7 +86,7 @@ def decode(
         with suppress(RuntimeError):  # Pillow then judges, as it did at packing, and has the better words
             pixels: NDArray[np.uint8] = decode_jpeg(data).permute(1, 2, 0).contiguous().numpy()
             return pixels
-    _check_webp_canvas(data, max_pixels)
+    check_webp_canvas(data, max_pixels)
     try:
         return _decode_with_pillow(data, max_pixels)
     except MemoryError:
@@ -141,7 +141,7 @@ def _check_ppm(image: Any) -> None:
         _check_pixels(image.width, image.height, _MAX_PYTHON_PIXELS)
 
 
-def _check_webp_canvas(data: bytes, max_pixels: int) -> None:
+def check_webp_canvas(data: bytes, max_pixels: int) -> None:
     """Of an extended WEBP, compare the canvas, for which libwebp takes memory as soon as it is opened."""
     if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and len(data) >= 30:
         width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))

@@ -114,9 +114,7 @@ def report_duplicates(file: Path, sets: Sequence[ShardSet]) -> dict[str, int]:
         return {}
     lines = []
     for number, sample, _, other in pairs.tolist():
-        lines.append(
-            "\t".join((name_picture(sets[last], other), sets[number].split, name_picture(sets[number], sample))) + "\n"
-        )
+        lines.append("\t".join((sets[last].name(other), sets[number].split, sets[number].name(sample))) + "\n")
     write_atomically(file, "".join(sorted(lines)))
     counts = np.bincount(pairs["set"], minlength=len(sets))
     return {data.split: int(count) for data, count in zip(sets, counts, strict=True) if count}
@@ -129,7 +127,7 @@ def describe_pair(
     is_same = _are_same(data, sample, others, other)
     is_across = data.split != others.split
     (shard, key), (other_shard, other_key) = data.shard_and_key(sample), others.shard_and_key(other)
-    path, other_path = name_picture(data, sample), name_picture(others, other)
+    path, other_path = data.name(sample), others.name(other)
     reason = f"{path} is {other_path}" if is_same else f"{path} looks like {other_path}"
     reason += f" of {others.split}" if is_across else ""
     reason += ", byte for byte" if is_same else f" ({distance} of 64 bits differ, likeness {likeness:.3f})"
@@ -147,9 +145,3 @@ def _are_same(data: ShardSet, sample: int, others: ShardSet, other: int) -> bool
         return data.read(sample) == others.read(other)
     except (CorruptSample, OSError, BadInput):  # `data check` names those
         return False
-
-
-def name_picture(data: ShardSet, sample: int) -> str:
-    """The name of a sample's file before it was packed; where none is known, its shard and key."""
-    path = data.facts(sample).get("path")
-    return path if isinstance(path, str) else data.describe(sample)

@@ -1,5 +1,6 @@
 """Columns of a source that are no picture, label or split: which go into KEY.json, under what name, of what type."""
 
+import datetime
 import json
 import math
 import re
@@ -82,6 +83,19 @@ def type_values(values: Sequence[Any]) -> list[Any]:
     if len(kinds) > 1:
         return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     return list(values)
+
+
+def clean(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [clean(part) for part in value]
+    if isinstance(value, dict):
+        return {str(name): clean(part) for name, part in value.items()}
+    if value is None or isinstance(value, str | int):
+        return value
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
 
 
 def _is_float(text: str) -> bool:

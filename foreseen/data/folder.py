@@ -7,7 +7,7 @@ from pathlib import Path
 from foreseen.data.source import FolderListing, Splits, digest_files, entries, is_picture, walk
 from foreseen.errors import BadInput
 
-SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
+SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test"})
 
 
 class FolderSource:
@@ -55,11 +55,11 @@ class FolderSource:
         if not os.path.isdir(self.root):
             return []
         folders = {name: stat.S_ISDIR(found.st_mode) for name, found in entries(self.root)}
-        splits = sorted(name for name, is_folder in folders.items() if is_folder and name in SPLIT_FOLDERS)
+        splits = sorted(name for name, is_folder in folders.items() if is_folder and name in SPLIT_NAMES)
         others = [
             name
             for name, is_folder in folders.items()
-            if name not in SPLIT_FOLDERS and _holds_pictures(self.root / name, is_folder)
+            if name not in SPLIT_NAMES and _holds_pictures(self.root / name, is_folder)
         ]
         if not splits or (others and len(splits) == 1):  # vehicles have a class `train`
             return []

@@ -1,7 +1,5 @@
 """The rows of a Hugging Face set as samples: encoded pictures, and what else their columns say."""
 
-import datetime
-import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foreseen.data.extra_columns import Keep, choose_extra
+from foreseen.data.extra_columns import Keep, choose_extra, clean
 from foreseen.data.source import Blob, Listing, Missing, SourceSample
 from foreseen.errors import BadInput
 
@@ -134,7 +132,7 @@ class ExtraColumns:
     def _clean(self, column: str, value: Any) -> Any:
         if (classes := self._classes.get(column)) is not None:
             return classes[value] if value is not None and 0 <= value < len(classes) else None
-        return _clean(value)
+        return clean(value)
 
 
 def find_extra(
@@ -171,19 +169,6 @@ def _holds_bytes(kind: Any, feature: Any) -> bool:
         return True
     inner = [kind.field(number).type for number in range(kind.num_fields)]
     return any(_holds_bytes(part, None) for part in inner)
-
-
-def _clean(value: Any) -> Any:
-    """A value as JSON has it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list | tuple):
-        return [_clean(part) for part in value]
-    if isinstance(value, dict):
-        return {str(name): _clean(part) for name, part in value.items()}
-    if value is None or isinstance(value, str | int):
-        return value
-    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
 
 
 def select_pictures(rows: Any, column: str, where: str) -> Any:

@@ -19,7 +19,7 @@ from foreseen.data.decode import DecodeError, decode
 from foreseen.data.manifest import FILE_NAME, Manifest, Shard, Split, read_manifest, write_manifest
 from foreseen.data.parallel import count_cpus, map_in_processes
 from foreseen.data.publish import lock_folder, save_array
-from foreseen.data.shards import INDEX_ROW, TAR_BLOCK, index_digest
+from foreseen.data.shards import INDEX_ROW, TAR_BLOCK, rows_digest
 from foreseen.data.store import MAX_BYTES
 from foreseen.data.tar_labels import LabelRule, ShardLabels, number_texts, read_labels
 from foreseen.data.tar_samples import Fault, count_up, group_members, name_some
@@ -242,12 +242,13 @@ def _write(
     """Write index and labels of one split; what the manifest will say of it."""
     rows = np.concatenate([shard.rows for shard in shards])
     save_array(out / f"{split}.index.npy", rows)
-    labels_file = None
+    labels_file = labels_digest = None
     if rule.extension is not None:
         tables = [np.array([*(numbers[text] for text in shard.labels.texts), -1], np.int32) for shard in shards]
-        labels = np.concatenate([table[shard.labels.codes] for table, shard in zip(tables, shards, strict=True)])
-        labels_file = f"{split}.labels.npy"
-        save_array(out / labels_file, labels.astype("<i4"))
+        found = (table[shard.labels.codes] for table, shard in zip(tables, shards, strict=True))
+        labels = np.concatenate([*found]).astype("<i4")
+        labels_file, labels_digest = f"{split}.labels.npy", rows_digest(labels)
+        save_array(out / labels_file, labels)
     mean = std = None
     if options.statistics and (counted := len(rows) - sum(shard.undecodable for shard in shards)):
         means, squares = np.sum([shard.statistics for shard in shards], axis=0) / counted
@@ -258,8 +259,9 @@ def _write(
         shards=tuple(Shard(file.name, len(shard.rows), shard.bytes) for file, shard in zip(tars, shards, strict=True)),
         image=options.image or next(iter(extensions)),
         index=f"{split}.index.npy",
-        index_digest=index_digest(rows),
+        index_digest=rows_digest(rows),
         labels=labels_file,
+        labels_digest=labels_digest,
         mean=None if mean is None else tuple(mean.round(6).tolist()),
         std=None if std is None else tuple(std.round(6).tolist()),
         source=None,

@@ -42,6 +42,7 @@ class Split:
         source, licence: where the pictures came from, and under which terms.
         plan: the options that the split was packed with, and a digest of what was listed; `indexed` and how the index
             was made for tars that others made.
+        labels_digest: the blake2b of the labels; None without any, and of a set that an older version packed.
         first_digest: `index_digest` as it was before missing checksums were filled in, which changed no picture; the
             fingerprint goes on with it. None where they never were.
     """
@@ -58,6 +59,7 @@ class Split:
     licence: str | None
     plan: Mapping[str, Any] | None
     first_digest: str | None = None
+    labels_digest: str | None = None
 
     @property
     def is_indexed(self) -> bool:
@@ -133,6 +135,7 @@ def _parse_split(found: dict[str, Any]) -> Split:
         licence=found["licence"],
         plan=found["plan"],
         first_digest=found.get("first_digest"),
+        labels_digest=found.get("labels_digest"),
     )
 
 

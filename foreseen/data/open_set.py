@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from foreseen.data.arrays import map_array
 from foreseen.data.cache import cache_folder
 from foreseen.data.manifest import FILE_NAME, Split, read_manifest
-from foreseen.data.shards import INDEX_ROW, ShardSet, find_split, index_digest
+from foreseen.data.shards import INDEX_ROW, ShardSet, find_split, rows_digest
 from foreseen.data.store import LocalStore, Store
 from foreseen.data.urls import check_url, is_url
 from foreseen.errors import BadInput
-from foreseen.files import expand_home, write_atomically
+from foreseen.files import expand_home, locked, write_atomically
 from foreseen.masked import masked
 
 _MAX_MANIFEST = 256 << 20  # a million shards take half of it
@@ -90,7 +92,6 @@ def recall_set(place: str, split: str) -> ShardSet:
 def _fetch_head(url: str, split: str, options: Mapping[str, Any], say: Callable[[str], None]) -> Path:
     """Bring manifest, index and labels of a split here, unless this version of them is; returns their folder."""
     from foreseen.data.remote import RemoteStore
-    from foreseen.data.shard_cache import locked
 
     remote = RemoteStore(url, options)
     try:
@@ -111,7 +112,7 @@ def _fetch_head(url: str, split: str, options: Mapping[str, Any], say: Callable[
                 if any(other != folder and other.is_dir() for other in versions.iterdir()):
                     say(f"{remote.place} has been published anew since it was last read here")
             entry = find_split(read_manifest(folder).splits, split, remote.place)
-            _fetch_array(remote, entry, folder, say)
+            _fetch_arrays(remote, entry, folder, say)
     except OSError as error:
         raise BadInput(
             f"the cache {versions} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can"
@@ -119,22 +120,27 @@ def _fetch_head(url: str, split: str, options: Mapping[str, Any], say: Callable[
     return folder
 
 
-def _fetch_array(remote: Any, entry: Split, folder: Path, say: Callable[[str], None]) -> None:
+def _fetch_arrays(remote: Any, entry: Split, folder: Path, say: Callable[[str], None]) -> None:
     if not (folder / entry.index).exists():
         say(f"fetching the index of {entry.samples:,} samples from {remote.place}, once")
-        part = _fetch_file(remote, entry.index, folder, entry.samples * INDEX_ROW.itemsize)
-        try:
-            found = index_digest(map_array(part, INDEX_ROW, entry.samples))
-        except BadInput as error:
-            raise BadInput(f"{remote.place}: {entry.index} cannot be used: {error}") from None
-        if found != entry.index_digest:
-            raise BadInput(
-                f"{remote.place}: {entry.index} is not the one that {FILE_NAME} names (its digest differs), as while a "
-                "set is being published: try again later, or publish the set again"
-            )
-        part.rename(folder / entry.index)
+        _fetch_array(remote, entry.index, folder, INDEX_ROW, entry.samples, entry.index_digest)
     if entry.labels is not None and not (folder / entry.labels).exists():
-        _fetch_file(remote, entry.labels, folder, entry.samples * 4).rename(folder / entry.labels)
+        _fetch_array(remote, entry.labels, folder, np.dtype("<i4"), entry.samples, entry.labels_digest)
+
+
+def _fetch_array(remote: Any, name: str, folder: Path, dtype: np.dtype[Any], samples: int, digest: str | None) -> None:
+    """Bring an array here if it is the one that the manifest names."""
+    part = _fetch_file(remote, name, folder, samples * dtype.itemsize)
+    try:
+        found = rows_digest(map_array(part, dtype, samples))
+    except BadInput as error:
+        raise BadInput(f"{remote.place}: {name} cannot be used: {error}") from None
+    if digest not in (None, found):
+        raise BadInput(
+            f"{remote.place}: {name} is not the one that {FILE_NAME} names (its digest differs), as while a set is "
+            "being published: try again later, or publish the set again"
+        )
+    part.rename(folder / name)
 
 
 def _fetch_file(remote: Any, name: str, folder: Path, size: int) -> Path:

@@ -27,7 +27,7 @@ class SourceOptions:
             from the label column, or the set's own.
         columns: of a table or a Hugging Face set.
         hf_config: configuration of a Hugging Face set on the hub.
-        keep: further columns of a table or a Hugging Face set that go into KEY.json; None is all of them.
+        keep: further columns of a table, a Hugging Face set or the jsons of tars that go into KEY.json; None is all.
         download: let torchvision fetch a set that is not there.
     """
 
@@ -56,7 +56,7 @@ def open_source(src: str, options: SourceOptions) -> Source:
         raise BadInput(f"--download is for {torchvision_set.PREFIX}NAME@DIR, not for {src}")
     path = expand_home(src)
     if holds_tars(src):
-        return TarSource([src], options.columns, options.labels)
+        return TarSource([src], options.columns, options.labels, options.keep)
     if os.path.isfile(path):
         if path.suffix.lower() not in TABLE_SUFFIXES:
             tables = ", ".join(sorted(TABLE_SUFFIXES))

@@ -2,21 +2,14 @@
 
 import errno
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import tarfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +17,7 @@ from numpy.typing import NDArray
 
 from foreseen.data.duplicates import report_duplicates
 from foreseen.data.manifest import Manifest, Split
+from foreseen.data.parallel import count_cpus, map_in_processes
 from foreseen.data.publish import Plan, begin, is_finished, lock_folder, publish, read_manifest_or_none_yet
 from foreseen.data.shards import TAR_BLOCK, ShardSet
 from foreseen.data.source import IMAGE_SUFFIXES, Missing, SourceSample
@@ -170,11 +164,6 @@ def pack(
     return _summarise(out, split, entry, results, kept_shards=len(kept), duplicates=duplicates)
 
 
-def count_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _summarise(
     out: Path,
     split: str,
@@ -294,55 +283,17 @@ def _write_shards(
         return ShardJob(shards[shard], starts[shard], chosen, plan.image, plan.max_side, plan.quality)
 
     results = {shard: ShardResult.read(file) for shard, file in enumerate(shards) if file in kept}
-    numbers = {file: shard for shard, file in enumerate(shards)}
+    left = [shard for shard in range(len(shards)) if shard not in results]
     done = sum(len(result.rows) + len(result.unreadable) for result in results.values())
     if progress:
         progress(done, len(samples))
-    jobs = (make_job(shard) for shard in range(len(shards)) if shard not in results)
-    for job, result in _map_jobs(jobs, min(workers, len(shards) - len(results))):
-        results[numbers[job.file]] = result
-        done += len(job.samples)
+    jobs = (make_job(shard) for shard in left)
+    for number, result in map_in_processes(write_shard, jobs, min(workers, len(left))):
+        results[left[number]] = result
+        done += len(result.rows) + len(result.unreadable)
         if progress:
             progress(done, len(samples))
     return [results[shard] for shard in range(len(shards))]
-
-
-def _map_jobs(jobs: Iterator[ShardJob], workers: int) -> Iterator[tuple[ShardJob, ShardResult]]:
-    """Do the jobs in processes, as they come, with few of them in memory at a time."""
-    if workers <= 1:
-        yield from ((job, write_shard(job)) for job in jobs)
-        return
-    # Spawned, not forked: a fork copies the locks of whatever threads the caller has.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    running: dict[Future[ShardResult], ShardJob] = {}
-    try:
-        while True:
-            for job in itertools.islice(jobs, 2 * workers - len(running)):
-                running[pool.submit(write_shard, job)] = job
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool:
-        raise BadInput(
-            f"a packing process was killed, by want of memory perhaps: run the same command again with --workers below "
-            f"{workers}, it goes on"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """End with the parent, even if that is killed; and leave Ctrl-C to it, so that begun shards are finished."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait_for_end([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _report_unreadable(file: Path, unreadable: list[tuple[str, str]]) -> None:

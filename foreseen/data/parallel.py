@@ -51,7 +51,8 @@ def map_in_processes(
                 yield running.pop(future), future.result()
     except BrokenProcessPool:
         raise BadInput(
-            f"a process was killed, by want of memory perhaps: run it again with --workers below {workers}"
+            f"a process was killed, by want of memory perhaps: run the same command again with --workers below "
+            f"{workers}"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

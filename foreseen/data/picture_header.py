@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from foreseen.data.decode import FORMATS, DecodeError, decode_error
+from foreseen.data.decode import FORMATS, MAX_PIXELS, DecodeError, check_webp_canvas, decode_error
 from foreseen.data.pictures import Pictures
 from foreseen.data.store import MAX_BYTES
 
@@ -55,6 +55,7 @@ def read_header(data: bytes) -> Header:
         raise DecodeError(f"it has {len(data):,} bytes, more than the {MAX_BYTES:,} allowed")
     if not data:
         raise DecodeError("it is empty")
+    check_webp_canvas(data, MAX_PIXELS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata

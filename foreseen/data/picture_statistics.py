@@ -11,10 +11,10 @@ from foreseen.data.decode import DecodeError, decode
 from foreseen.data.picture_header import Header, look_at_header
 from foreseen.data.pictures import Pictures
 from foreseen.data.shards import CorruptSample
+from foreseen.data.write_shard import channel_statistics
 from foreseen.errors import BadInput
 
 PERCENTILES = (0, 5, 50, 95, 100)
-_GRID = 64  # pixels a side, about, that the colours of a picture are measured on
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,7 @@ def _colours(
             pixels = decode(pictures.read(sample), fast=False)
         except (DecodeError, CorruptSample, OSError, BadInput):
             continue
-        down, right = (max(1, side // _GRID) for side in pixels.shape[:2])
-        values = pixels[::down, ::right].reshape(-1, 3) / 255.0
-        moments.append([values.mean(0), (values * values).mean(0)])
+        moments.append(channel_statistics(pixels))
     if not moments:
         return None, 0
     mean, square = np.mean(moments, axis=0)

@@ -1,7 +1,8 @@
 """Pictures to look at, one by one, whether they are packed or still lie where they came from."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 from foreseen.data.manifest import Manifest, read_manifest
 from foreseen.data.open_source import SourceOptions, is_packed, open_source
 from foreseen.data.shards import ShardSet
-from foreseen.data.source import SourceSample
+from foreseen.data.source import SourceSample, read_bounded
+from foreseen.data.store import LocalStore
 from foreseen.errors import BadInput
 from foreseen.files import expand_home
 from foreseen.printable import printable
@@ -24,7 +26,7 @@ class Pictures(Protocol):
     def labels(self) -> NDArray[np.int32] | None:
         """Class number of each, [N], -1 where unlabelled; None where none has one."""
 
-    def sizes(self) -> NDArray[np.uint32]:
+    def sizes(self) -> NDArray[np.unsignedinteger[Any]]:
         """Bytes of each, [N]."""
 
     def name(self, sample: int) -> str:
@@ -49,8 +51,7 @@ class PackedPictures:
 
     def name(self, sample: int) -> str:
         """See `Pictures`."""
-        path = self.shards.facts(sample).get("path")
-        return path if isinstance(path, str) else self.shards.describe(sample)
+        return self.shards.name(sample)
 
 
 class ListedPictures:
@@ -68,9 +69,9 @@ class ListedPictures:
         found = np.array([-1 if sample.label is None else sample.label for sample in self.samples], np.int32)
         return found if (found >= 0).any() else None
 
-    def sizes(self) -> NDArray[np.uint32]:
+    def sizes(self) -> NDArray[np.unsignedinteger[Any]]:
         """See `Pictures`."""
-        return np.array([sample.image.size for sample in self.samples], np.uint32)
+        return np.array([sample.image.size for sample in self.samples], np.uint64)
 
     def name(self, sample: int) -> str:
         """See `Pictures`."""
@@ -78,14 +79,16 @@ class ListedPictures:
 
     def read(self, sample: int) -> bytes:
         """See `Pictures`."""
-        return self.samples[sample].image.read()
+        return read_bounded(self.samples[sample].image)
 
     def read_start(self, sample: int, size: int) -> bytes:
         """See `Pictures`; a source has no cheaper way than to read it all."""
-        return self.samples[sample].image.read()[:size]
+        return self.read(sample)[:size]
 
 
-def open_pictures(src: str, split: str | None = None) -> tuple[Mapping[str, Pictures], Manifest]:
+def open_pictures(
+    src: str, split: str | None = None, shards_at: Path | None = None
+) -> tuple[Mapping[str, Pictures], Manifest]:
     """The splits of a packed set or of a source, or the one that is named.
 
     Returns:
@@ -98,7 +101,10 @@ def open_pictures(src: str, split: str | None = None) -> tuple[Mapping[str, Pict
         path = expand_home(src)
         manifest = read_manifest(path)
         names = sorted(manifest.splits) if split is None else [split]
-        return {name: PackedPictures(ShardSet.open(path, name)) for name in names}, manifest
+        store = None if shards_at is None else LocalStore(shards_at.expanduser())
+        return {name: PackedPictures(ShardSet.open(path, name, store)) for name in names}, manifest
+    if shards_at is not None:
+        raise BadInput(f"--shards-at is for a set, and {src} is none")
     found = open_source(src, SourceOptions()).read()
     if split is not None and split not in found.splits:
         raise BadInput(f"--split is {split!r}, {src} has {', '.join(found.splits)}")

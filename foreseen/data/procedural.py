@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from foreseen.data.pack import count_cpus, pack
+from foreseen.data.pack import pack
+from foreseen.data.parallel import count_cpus
 from foreseen.data.source import Blob, SourceSample
 from foreseen.errors import BadInput
 from foreseen.keys import Keys, sample_keys, subkeys, uniform

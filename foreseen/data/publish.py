@@ -5,13 +5,12 @@ it. Publishing moves the shards out and replaces the manifest last; a kill at an
 and the same command goes on.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from foreseen.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from foreseen.data.shards import INDEX_ROW, index_digest
+from foreseen.data.shards import INDEX_ROW, rows_digest
 from foreseen.data.write_shard import ShardResult, done_file
 from foreseen.errors import BadInput
-from foreseen.files import read_json, sync, write_atomically
+from foreseen.files import locked, read_json, sync, write_atomically
 
 _LOCK = ".packing.lock"
 
@@ -66,24 +65,20 @@ def lock_folder(out: Path) -> Iterator[None]:
         BadInput: another process is packing into it, or it is not a folder that can be written.
     """
     file = out / _LOCK
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise BadInput(f"{out} cannot be written ({error.strerror}): give another folder") from None
-    try:
+    with ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"another process is packing into {out}: wait until it has finished") from None
+            out.mkdir(parents=True, exist_ok=True)
+            number = held.enter_context(locked(file, waits=False))
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise BadInput(f"{out} cannot be written ({error.strerror}): give another folder") from None
+        if number is None:
+            raise BadInput(f"another process is packing into {out}: wait until it has finished")
         try:
             yield
         finally:
             file.unlink(missing_ok=True)
             if not os.listdir(out):
                 out.rmdir()
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest_or_none_yet(out: Path) -> Manifest:
@@ -150,17 +145,19 @@ def publish(
         index[name] = rows[:, column]
     index_file, labels_file = f"{plan.split}.index.npy", f"{plan.split}.labels.npy"
     save_array(out / index_file, index)
-    has_labels = bool((rows[:, 3] >= 0).any())
+    labels = rows[:, 3].astype("<i4")
+    has_labels = bool((labels >= 0).any())
     if has_labels:
-        save_array(out / labels_file, rows[:, 3].astype("<i4"))
+        save_array(out / labels_file, labels)
     mean, std = _channel_statistics(results, len(rows))
     entry = Split(
         samples=len(rows),
         shards=tuple(Shard(shard.name, len(result.rows), result.bytes) for shard, result in filled),
         image=plan.image,
         index=index_file,
-        index_digest=index_digest(index),
+        index_digest=rows_digest(index),
         labels=labels_file if has_labels else None,
+        labels_digest=rows_digest(labels) if has_labels else None,
         mean=mean,
         std=std,
         source=plan.source,

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreseen.data.arrays import map_array
+from foreseen.data.extra_columns import RESERVED
 from foreseen.data.manifest import FILE_NAME, Manifest, Split, read_manifest
 from foreseen.data.pack import Progress, Summary, pack
 from foreseen.data.shards import INDEX_ROW, TAR_BLOCK
 from foreseen.data.source import SourceSample
 from foreseen.data.tar_labels import LabelRule, number_texts
+from foreseen.data.tar_paths import check_apart, find_tars
 from foreseen.data.tar_samples import TarSamples, count_up
 from foreseen.data.tar_source import TarListing, TarRows, TarSource, find_masks, list_notes
 from foreseen.errors import BadInput
@@ -64,11 +66,14 @@ def repair(
     Raises:
         BadInput: there is nothing whole, or the folder is that of the source or holds other things.
     """
+    folder = Path(src).expanduser()
+    if out.resolve() in {folder.resolve(), None if shards_at is None else shards_at.resolve()}:
+        raise BadInput(f"{out} is the source itself: give a new folder")
+    if not folder.is_dir():
+        check_apart(out, find_tars([src]))
     damaged = look_at(src, shards_at)
     for note in damaged.notes:
         say(note)
-    if out.resolve() in {expand_home(src).resolve(), None if shards_at is None else shards_at.resolve()}:
-        raise BadInput(f"{out} is the source itself: give a new folder")
     summaries = []
     for split, samples in damaged.splits.items():
         entry = damaged.entries.get(split)
@@ -133,7 +138,7 @@ def _look_at_set(folder: Path, at: Path, manifest: Manifest) -> Damaged:
         if not tars:
             notes.append(f"nothing is left of {name}")
             continue
-        fields = [field for field in count_up(tar.scan_json() for tar in tars) if field not in _WRITTEN_BY_PACK]
+        fields = {field: field for field in count_up(tar.scan_json() for tar in tars) if field not in RESERVED}
         masks = find_masks(tars) if entry.is_indexed else _usual_masks(tars, entry.image)
         _number_labels(tars, entry, manifest.classes)
         image = entry.image if not entry.is_indexed else _asked_image(entry)
@@ -141,9 +146,6 @@ def _look_at_set(folder: Path, at: Path, manifest: Manifest) -> Damaged:
         splits[name] = TarRows(tars, fields, masks, path_field, image)
         notes += list_notes(tars)
     return Damaged(splits, manifest.classes, dict(manifest.splits), tuple(notes))
-
-
-_WRITTEN_BY_PACK = frozenset({"path", "width", "height", "label"})
 
 
 def _asked_image(entry: Split) -> str | None:
@@ -182,7 +184,10 @@ def _usual_masks(tars: Sequence[TarListing], image: str) -> list[str]:
 
 
 def _members_of(samples: TarSamples) -> dict[str, int]:
-    return {name: int((samples.members(name) >= 0).sum()) for name in samples.extensions}
+    """How many samples have each extension."""
+    pairs = np.unique(samples.sample * max(1, len(samples.extensions)) + samples.extension)
+    counts = np.bincount(pairs % max(1, len(samples.extensions)), minlength=len(samples.extensions))
+    return dict(zip(samples.extensions, counts.tolist(), strict=True))
 
 
 def _number_labels(tars: Sequence[TarListing], entry: Split, classes: tuple[str, ...] | None) -> None:
@@ -191,15 +196,16 @@ def _number_labels(tars: Sequence[TarListing], entry: Split, classes: tuple[str,
     plan = dict((entry.plan or {}).get("indexed") or {})
     rule = LabelRule.parse(str(plan.get("labels", "none"))) if entry.is_indexed else LabelRule("json", "label")
     texts = [tar.read_texts(rule) for tar in tars]
+    written = {text for found in texts for text in found if text is not None}
+    count = len(classes) if classes else 1 << 31
     if entry.is_indexed:
-        numbers, _ = number_texts((text for found in texts for text in found if text is not None), str(rule), classes)
+        known = written & set(classes or ()) or {text for text in written if text.isdecimal() and int(text) < count}
+        numbers = number_texts(known, str(rule), classes)[0] if known else {}
     else:  # pack wrote the numbers themselves
-        count = len(classes) if classes else 1 << 31
-        written = {text for found in texts for text in found if text is not None}
-        numbers = {text: int(text) for text in written if text.isdigit() and int(text) < count}
+        numbers = {text: int(text) for text in written if text.isdecimal() and int(text) < count}
     for tar, found in zip(tars, texts, strict=True):
         for number, text in enumerate(found):
             if text is not None and text not in numbers:
-                tar.troubles.setdefault(number, f"its json has the label {text[:80]!r}, which is no class of the set")
+                tar.troubles.setdefault(number, f"its label is {text[:80]!r}, which is no class of the set")
             elif text is not None:
                 tar.labels[number] = numbers[text]

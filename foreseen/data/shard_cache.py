@@ -20,6 +20,7 @@ from typing import Any
 from foreseen.data.remote import RemoteStore
 from foreseen.data.store import MAX_BYTES, Piece
 from foreseen.errors import BadInput
+from foreseen.files import locked
 
 _PART = ".part"
 _LOCK = ".lock"
@@ -246,34 +247,6 @@ def _out_of_space(folder: Path) -> Iterator[None]:
             f"the disk of data.cache_dir {folder} is full ({error.strerror}): lower data.cache_gb, name another folder "
             "in data.cache_dir, or set data.fetch=range, which needs none"
         ) from None
-
-
-@contextmanager
-def locked(file: Path, *, waits: bool) -> Iterator[int | None]:
-    """A file, made if need be, that no other process holds; None where one does and `waits` is False."""
-    while True:
-        number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            try:
-                fcntl.flock(number, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            if _is_at(file, number):
-                yield number
-                return
-        finally:
-            os.close(number)
-        if not waits:  # it was renamed or deleted meanwhile
-            yield None
-            return
-
-
-def _is_at(file: Path, number: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(file), os.fstat(number))
-    except FileNotFoundError:
-        return False
 
 
 def _delete_unused(path: str) -> bool:

@@ -155,7 +155,7 @@ class ShardSet:
         name, size, at, crc32 = self._locate(sample, max_bytes)
         data = self.store.pread(name, size, at)
         if len(data) != size or (crc32 and zlib.crc32(data) != crc32):
-            return self._read_again(sample)
+            return self._read_again(sample, max_bytes)
         return data
 
     def read_many(
@@ -176,7 +176,7 @@ class ShardSet:
                 yield data
                 continue
             try:
-                yield self._read_again(sample)
+                yield self._read_again(sample, max_bytes)
             except (CorruptSample, OSError) as error:
                 yield error
 
@@ -187,7 +187,7 @@ class ShardSet:
             IndexError: there is no such sample.
             BadInput: the shard has gone.
         """
-        name, whole, at, _ = self._locate(sample)
+        name, whole, at, _ = self._locate(sample, None)
         return self.store.pread(name, min(size, whole), at)
 
     def sizes(self) -> NDArray[np.uint32]:
@@ -198,15 +198,19 @@ class ShardSet:
     def facts(self, sample: int) -> dict[str, Any]:
         """What KEY.json says of a sample: path, width, height and so on; nothing where it does not follow the picture.
 
+        In tars of others the json may stand before the picture, and what follows is that of the next sample.
+
         Raises:
             IndexError: there is no such sample.
             BadInput: the shard has gone.
         """
-        shard, size, start, _ = self._locate(sample)
+        shard, size, start, _ = self._locate(sample, None)
         at = start + -(-size // TAR_BLOCK) * TAR_BLOCK
         head = self.store.pread(shard, _FACTS_READ, at)
-        name, length = head[:100].split(b"\0")[0], head[124:135].strip(b" \0")
-        if not name.endswith(b".json") or not length.isdigit():
+        (key, extension), length = _key_and_extension(head), head[124:135].strip(b" \0")
+        if extension != b"json" or not length.isdigit() or start < TAR_BLOCK:
+            return {}
+        if key != _key_and_extension(self.store.pread(shard, TAR_BLOCK, start - TAR_BLOCK))[0]:
             return {}
         if (end := TAR_BLOCK + int(length, 8)) > len(head):
             head = self.store.pread(shard, min(end, _MAX_FACTS), at)
@@ -215,6 +219,11 @@ class ShardSet:
         except ValueError:  # cut off, or made by others
             return {}
         return found if isinstance(found, dict) else {}
+
+    def name(self, sample: int) -> str:
+        """The path that a picture had below its source, or its place in the set; fit to be shown."""
+        path = self.facts(sample).get("path")
+        return printable(path) if isinstance(path, str) else self.describe(sample)
 
     def describe(self, sample: int) -> str:
         """Name a sample for a message: `train-000003.tar: sample 17 (key 000003017)`."""
@@ -231,7 +240,7 @@ class ShardSet:
             header = self.store.pread(self._shards[shard].name, TAR_BLOCK, header_at)
         except (OSError, BadInput):  # it is asked for where something has already gone wrong
             return name, ""
-        return name, printable(header[:100].split(b"\0")[0].decode(errors="replace").split(".")[0])
+        return name, printable(_key_and_extension(header)[0].decode(errors="replace"))
 
     def check_sizes(self) -> None:
         """Compare the shards with the manifest: a stat each, no reading; of very many behind a URL only some.
@@ -259,11 +268,11 @@ class ShardSet:
             raise IndexError(f"sample {sample} is not in [0, {len(self)}) of {self.place} {self.split}")
         return bisect_right(self._starts, sample) - 1
 
-    def _locate(self, sample: int, max_bytes: int = MAX_BYTES) -> tuple[str, int, int, int]:
-        """Shard, size, offset and checksum of a sample's picture; refused if no picture is so large."""
+    def _locate(self, sample: int, max_bytes: int | None) -> tuple[str, int, int, int]:
+        """Shard, size, offset and checksum of a sample's picture; refused if it may not be so large."""
         shard = self._shard_of(sample)
         offset_512, size, crc32 = self._index[sample].item()
-        if size > max_bytes:
+        if max_bytes is not None and size > max_bytes:
             raise CorruptSample(f"{self.describe(sample)} has {size:,} bytes, more than the {max_bytes:,} allowed")
         return self._shards[shard].name, size, offset_512 * TAR_BLOCK, crc32
 
@@ -273,9 +282,9 @@ class ShardSet:
         except CorruptSample as error:
             return error
 
-    def _read_again(self, sample: int) -> bytes:
+    def _read_again(self, sample: int, max_bytes: int) -> bytes:
         """A second look at a sample that was not what it should be: the way here may have been bad, or the shard is."""
-        name, size, at, crc32 = self._locate(sample)
+        name, size, at, crc32 = self._locate(sample, max_bytes)
         self.store.forget(name)
         data = self.store.pread(name, size, at)
         if len(data) == size and (not crc32 or zlib.crc32(data) == crc32):
@@ -304,9 +313,19 @@ def find_split(splits: Mapping[str, Split], split: str, place: str) -> Split:
     return entry
 
 
-def index_digest(rows: NDArray[Any]) -> str:
-    """The digest of an index that the manifest keeps and the fingerprint uses."""
+def rows_digest(rows: NDArray[Any]) -> str:
+    """The digest of an index or of labels that the manifest keeps; the fingerprint uses that of the index."""
     return hashlib.blake2b(np.ascontiguousarray(rows).view(np.uint8).data, digest_size=16).hexdigest()
+
+
+def _key_and_extension(header: bytes) -> tuple[bytes, bytes]:
+    """Of the member that a header names: the key, folders included, and the extension."""
+    name = header[:100].split(b"\0")[0]
+    if header[257:263] == b"ustar\0" and header[345:346].strip(b"\0"):
+        name = header[345:500].split(b"\0")[0] + b"/" + name
+    folder, slash, last = name.rpartition(b"/")
+    stem, _, extension = last.partition(b".")
+    return folder + slash + stem, extension
 
 
 def _fingerprint(entry: Split) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreseen.data.shards import CorruptSample
+from foreseen.data.store import MAX_BYTES
 from foreseen.errors import BadInput
 from foreseen.files import open_regular
 
@@ -60,6 +61,18 @@ class Blob:
             return os.pread(descriptor, self.size, self.offset)
         finally:
             os.close(descriptor)
+
+
+def read_bounded(encoded: Encoded) -> bytes:
+    """The bytes, of which there may not be more than of any picture.
+
+    Raises:
+        CorruptSample: there are more, or they cannot be had.
+        OSError: a disk failed.
+    """
+    if encoded.size > MAX_BYTES:
+        raise CorruptSample(f"it has {encoded.size:,} bytes, more than the {MAX_BYTES:,} allowed")
+    return encoded.read()
 
 
 @dataclass(frozen=True, slots=True)

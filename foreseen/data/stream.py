@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Self
 
-import braceexpand
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from foreseen.data.loader import assemble, load
 from foreseen.data.network_faults import may_pass, refusal
 from foreseen.data.source import IMAGE_SUFFIXES
 from foreseen.data.store import MAX_BYTES
+from foreseen.data.tar_paths import expand_braces
 from foreseen.data.urls import SHELL, check_url
 from foreseen.data.views import Request
 from foreseen.errors import BadInput
@@ -106,7 +106,7 @@ def open_stream(
             "how many samples the tars of data.path hold is not known, so run.epochs says nothing: give run.steps, or "
             "data.samples"
         )
-    return TarStream(masked(path), tuple(braceexpand.braceexpand(path)), storage_options, num_samples)
+    return TarStream(masked(path), tuple(expand_braces(path)), storage_options, num_samples)
 
 
 class StreamBuilder:
@@ -299,7 +299,8 @@ def _output_of(command: str) -> Iterator[BinaryIO]:
     assert process.stdout is not None
     try:
         yield process.stdout  # type: ignore[misc]
-        process.stdout.read()  # what follows the end of the tar
+        while process.stdout.read(_BETWEEN_MEMBERS):  # what follows the end of the tar
+            pass
         if process.wait():
             raise BadInput(f"the command {masked(command)!r} of data.path failed with exit code {process.returncode}")
     finally:
@@ -319,7 +320,7 @@ def _pictures_in(url: str, file: BinaryIO) -> Iterator[Picture]:
 def _members(url: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
     """The image members of a tar, as webdataset groups them; no other one is taken into memory."""
     bounded: Any = _Bounded(url, file)
-    with tarfile.open(fileobj=bounded, mode="r|") as opened:
+    with tarfile.open(fileobj=bounded, mode="r|", tarinfo=_StrictHeader) as opened:
         tar: Any = opened
         size = 0
         while True:
@@ -337,6 +338,18 @@ def _members(url: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
                 if len(content) < size:
                     raise ConnectionError(f"it ends within {member.name}")
                 yield {"fname": member.name, "data": content, "__url__": url}
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A header that is damaged or cut off is an error; tarfile takes it for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        """The next header; raises ReadError where it is none."""
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from None
 
 
 class _Bounded:

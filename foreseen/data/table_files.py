@@ -75,7 +75,7 @@ def _read_csv(file: Path, text: IO[str]) -> Table:
     if len(filled) < 2:
         raise BadInput(f"{file} has no rows below its head: it needs one for each picture")
     if len(head) > _MAX_COLUMNS:
-        raise BadInput(f"{file} has {len(head):,} columns, more than the {_MAX_COLUMNS:,} of a table")
+        raise BadInput(f"{file} has {len(head):,} columns, more than {_MAX_COLUMNS:,}: it is no table of pictures")
     if twice := [name for name in head if head.count(name) > 1]:
         raise BadInput(f"{file} has two columns {twice[0]!r}: rename one of them")
     rows = filled[1:]

@@ -1,6 +1,5 @@
 """Labels that stand in a tar: in a member `KEY.cls` or a field of `KEY.json`, as whole numbers or names of classes."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -13,11 +12,10 @@ from numpy.typing import NDArray
 
 from foreseen.data.tar_samples import TarSamples
 from foreseen.errors import BadInput
-from foreseen.files import open_regular
+from foreseen.files import parse_json, read_text
 
 CLASSES_FILE = "classes.txt"
 MAX_JSON = 4 << 20
-USUAL_FIELDS = ("label", "labels", "class", "class_name", "category", "breed", "species", "target")
 
 _MAX_CLS = 1 << 10
 _MAX_CLASSES = 1_000_000
@@ -77,8 +75,8 @@ def read_json(descriptor: int, offset: int, size: int) -> dict[str, Any]:
     if size > MAX_JSON:
         raise BadMember(f"its json has {size:,} bytes, more than the {MAX_JSON:,} allowed")
     try:
-        found = json.loads(os.pread(descriptor, size, offset))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(os.pread(descriptor, size, offset))
+    except ValueError as error:
         raise BadMember(f"its json cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise BadMember(f"its json holds a {type(found).__name__}, not an object")
@@ -97,13 +95,17 @@ def label_text(value: object) -> str | None:
         raise BadMember(f"its label {str(value)[:80]!r} is neither a whole number nor a name")
     text = str(value).strip()
     if _WHOLE.fullmatch(text):
-        number = int(text.partition(".")[0])
-        return None if number == -1 else str(number)
+        return None if (whole := _plain(text)) == "-1" else whole
     if not isinstance(value, str):
         raise BadMember(f"its label {text[:80]} is no whole number")
     if any(ord(letter) < 32 for letter in text):
         raise BadMember(f"its label {text[:80]!r} is no name of one line")
     return text or None
+
+
+def _plain(text: str) -> str:
+    """A whole number without sign, zeros before it and decimals; any other text as it is."""
+    return str(int(text.partition(".")[0])) if _WHOLE.fullmatch(text) else text
 
 
 def read_label(descriptor: int, samples: TarSamples, member: int, rule: LabelRule) -> str | None:
@@ -161,14 +163,22 @@ def number_texts(
         The number of each label, and the names of the classes.
 
     Raises:
-        BadInput: some are numbers and some are names, or one is not among `classes`, or a number is out of bounds.
+        BadInput: some are numbers and some are names, or one is not among `classes`, or a number is out of bounds, or
+            may as well be the name of another class.
     """
     found = sorted(set(texts))
     if not found:
         raise BadInput(f"{where} holds no label: name another place, or give --labels none")
-    if classes is not None and set(found) <= set(classes):
-        return {name: number for number, name in enumerate(classes)}, classes
     whole = [text for text in found if _WHOLE.fullmatch(text)]
+    numbers = {_plain(name): number for number, name in enumerate(classes or ())}
+    if classes is not None and set(found) <= numbers.keys():
+        other = next((text for text in found if text in whole and numbers[text] != int(text)), None)
+        if other is not None and len(whole) == len(found) and all(0 <= int(text) < len(classes) for text in whole):
+            raise BadInput(
+                f"{where} has the label {other}, which may be the class of that number, {classes[int(other)]!r}, or "
+                f"that of this name, number {numbers[other]}: give the classes names that are no numbers"
+            )
+        return numbers, classes
     if whole and len(whole) < len(found):
         name = next(text for text in found if text not in set(whole))
         raise BadInput(f"{where} mixes numbers ({whole[0]!r}) and names ({name!r}): write all labels in one way")
@@ -177,13 +187,13 @@ def number_texts(
             unknown = next(text for text in found if text not in set(classes))
             raise BadInput(f"{where} has a class {unknown!r} that the set does not have: {_some(classes)}")
         return {name: number for number, name in enumerate(found)}, tuple(found)
-    numbers = [int(text) for text in whole]
+    counted = [int(text) for text in whole]
     limit = _MAX_CLASSES if classes is None else len(classes)
-    if (wrong := next((number for number in numbers if not 0 <= number < limit), None)) is not None:
+    if (wrong := next((number for number in counted if not 0 <= number < limit), None)) is not None:
         known = "" if classes is None else f" (there are {limit} classes)"
         raise BadInput(f"{where} has the label {wrong}, it must lie in [0, {limit - 1}]{known}")
-    classes = classes or tuple(str(number) for number in range(max(numbers) + 1))
-    return dict(zip(whole, numbers, strict=True)), classes
+    classes = classes or tuple(str(number) for number in range(max(counted) + 1))
+    return dict(zip(whole, counted, strict=True)), classes
 
 
 def read_classes(file: Path) -> tuple[str, ...]:
@@ -193,8 +203,7 @@ def read_classes(file: Path) -> tuple[str, ...]:
         BadInput: it cannot be read, or names a class twice or none.
     """
     try:
-        with os.fdopen(open_regular(file), encoding="utf-8-sig") as text:
-            names = tuple(line.strip() for line in text.read(64 << 20).splitlines())
+        names = tuple(line.strip() for line in read_text(file).removeprefix("\ufeff").splitlines())
     except OSError as error:
         raise BadInput(f"{file} cannot be read ({error.strerror}): give a file with one class name a line") from None
     except UnicodeDecodeError:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from foreseen.data.folder import SPLIT_NAMES
 from foreseen.data.source import entries, is_picture, walk
 from foreseen.errors import BadInput
 from foreseen.files import expand_home
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
-SPLIT_WORDS = frozenset({"train", "val", "valid", "validation", "test"})
 
 _MOST_TARS = 1_000_000
 _MOST_LETTERS = 1 << 28  # in all their names
@@ -56,7 +56,7 @@ def find_tars(places: Sequence[str], *, compressed: bool = True) -> list[Path]:
     for place in places:
         path = expand_home(place)
         if is_pattern(str(path)):
-            found += [_existing(file) for file in _expand(str(path))]
+            found += [_existing(Path(file)) for file in expand_braces(str(path))]
         elif os.path.isdir(path):
             names = sorted(name for name, _ in entries(path) if is_tar_name(name))
             names = [name for name in names if compressed or name.lower().endswith(TAR_SUFFIX)]
@@ -70,6 +70,16 @@ def find_tars(places: Sequence[str], *, compressed: bool = True) -> list[Path]:
         if (other := there.setdefault(file.name, file)) is not file:
             raise BadInput(f"{other} and {file} have the same file name, by which shards are known: rename one of them")
     return found
+
+
+def check_apart(out: Path, files: Sequence[Path]) -> None:
+    """Refuse to pack tars into the folder that they lie in: what is packed there replaces files of such names.
+
+    Raises:
+        BadInput: a tar lies in that folder.
+    """
+    if out.resolve() in {file.parent.resolve() for file in files}:
+        raise BadInput(f"{out} is the folder of the tars themselves: give a new folder")
 
 
 def by_split(files: Sequence[Path], split: str | None = None) -> tuple[dict[str, list[Path]], bool]:
@@ -92,16 +102,21 @@ def by_split(files: Sequence[Path], split: str | None = None) -> tuple[dict[str,
 
 
 def _split_word(name: str) -> str | None:
-    words = {word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS}
+    words = {word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_NAMES}
     return words.pop() if len(words) == 1 else None
 
 
-def _expand(pattern: str) -> Iterator[Path]:
+def expand_braces(pattern: str) -> Iterator[str]:
+    """The names that a pattern such as `train-{000..123}.tar` stands for, one by one.
+
+    Raises:
+        BadInput: they are too many, or it is no pattern.
+    """
     shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}…"
     try:
         if (count := _count(pattern)) > _MOST_TARS or count * len(pattern) > _MOST_LETTERS:
             raise BadInput(f"{shown} names more than {min(count - 1, _MOST_TARS):,} tars: give the folder")
-        yield from map(Path, braceexpand(pattern))  # one by one: where the first is missing the others are not made
+        yield from braceexpand(pattern)  # one by one: where the first is missing the others are not made
     except (ValueError, IndexError) as error:
         if isinstance(error, BadInput):
             raise

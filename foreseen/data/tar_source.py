@@ -9,24 +9,25 @@ import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from foreseen.data.decode import decode
+from foreseen.data.extra_columns import RESERVED, Keep, choose_extra, clean
+from foreseen.data.labels import renumber_labels
+from foreseen.data.manifest import FILE_NAME, Manifest, read_manifest
 from foreseen.data.shards import CorruptSample
-from foreseen.data.source import Blob, FoundFile, Missing, SourceSample, Splits, digest_files
-from foreseen.data.store import MAX_BYTES
-from foreseen.data.table import Columns
+from foreseen.data.source import Blob, FoundFile, Listing, Missing, SourceSample, Splits, digest_files, read_bounded
+from foreseen.data.table import LABEL_NAMES, Columns
 from foreseen.data.tar_labels import (
     CLASSES_FILE,
-    USUAL_FIELDS,
     BadMember,
     LabelRule,
     number_texts,
@@ -42,7 +43,6 @@ from foreseen.errors import BadInput
 
 _MOST_FIELDS = 256
 _MASK_EXTENSION = re.compile(r"[a-z0-9_-]{1,32}\.png")
-_ALWAYS_THERE = frozenset({"width", "height", "label"})  # pack writes them itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,8 @@ class TarListing:
             troubles.setdefault(number, f"it has no picture, but {', '.join(samples.extensions_of(number)[:3])}")
         crc32, labels = np.zeros(len(samples.keys), np.uint32), np.full(len(samples.keys), -1, np.int32)
         regrouped = int((grouped.is_broken_up | grouped.is_repeated).sum())
+        if tar.problem is not None:
+            _expect_members(samples, troubles)
         end = None if tar.problem is None else f"it {tar.problem.removeprefix(f'{file} ')}"
         return cls(file, name, samples, troubles, end, crc32, labels, regrouped)
 
@@ -132,6 +134,16 @@ class TarListing:
                         self.troubles[number] = str(error)
         return texts
 
+    def count_in(self, texts: Sequence[str | None], classes: int) -> list[int | None]:
+        """Labels that `pack` wrote, as class numbers; one that is none is a trouble."""
+        found: list[int | None] = [None] * len(texts)
+        for number, text in enumerate(texts):
+            if text is not None and text.isdecimal() and int(text) < classes:
+                found[number] = int(text)
+            elif text is not None:
+                self.troubles.setdefault(number, f"its label is {text[:80]!r}, which is no class of the set")
+        return found
+
     def facts(self, number: int) -> dict[str, Any]:
         """The json of one sample; empty without one."""
         if (member := int(self.jsons[number])) < 0:
@@ -152,22 +164,28 @@ class TarListing:
         return self.samples.members("json")
 
     def _json(self, tar: int, member: int) -> dict[str, Any]:
-        return read_json(tar, int(self.samples.offset[member]), int(self.samples.size[member]))
+        try:
+            facts: dict[str, Any] = clean(
+                read_json(tar, int(self.samples.offset[member]), int(self.samples.size[member]))
+            )
+        except RecursionError:
+            raise BadMember("its json is nested too deeply") from None
+        return facts
 
 
 @dataclass(frozen=True)
-class TarRows(Sequence[SourceSample]):
+class TarRows(Listing):
     """The samples of one split, made when they are asked for.
 
     Attributes:
         tars: their listings.
-        fields: of the jsons that are packed.
+        fields: of the jsons that are packed, and what they are called then.
         masks: extensions of label maps, which every sample has.
         path_field: field with the name of the picture; None calls it by its tar and key.
     """
 
     tars: Sequence[TarListing]
-    fields: Sequence[str]
+    fields: Mapping[str, str]
     masks: Sequence[str]
     path_field: str | None
     image: str | None = None
@@ -175,13 +193,8 @@ class TarRows(Sequence[SourceSample]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> SourceSample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SourceSample]: ...
-    def __getitem__(self, index: int | slice) -> SourceSample | Sequence[SourceSample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def sample(self, index: int) -> SourceSample:
+        """The sample of a number, or what says why there is none."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         place = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -201,13 +214,13 @@ class TarRows(Sequence[SourceSample]):
             name=name,
             image=CheckedBlob(blob.path, blob.size, blob.offset, int(tar.crc32[number])),
             label=None if label < 0 else label,
-            meta={name: facts.get(name) for name in self.fields},
+            meta={name: facts.get(field) for field, name in self.fields.items()},
             masks={name: tar.blob(int(found[number])) for name, found in self._mask_members[place].items()},
         )
 
     def _missing(self, name: str, reason: str) -> SourceSample:
         nothing = {name: Blob("", 0) for name in self.masks}
-        return SourceSample(name, Missing(reason), meta=dict.fromkeys(self.fields), masks=nothing)
+        return SourceSample(name, Missing(reason), meta=dict.fromkeys(self.fields.values()), masks=nothing)
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
@@ -224,18 +237,20 @@ class TarRows(Sequence[SourceSample]):
 
 @dataclass
 class TarSource:
-    """Tars that others made.
+    """Tars that others made, or shards of a set, whose manifest beside them then says what their labels count.
 
     Attributes:
         places: files, folders and brace patterns.
         columns: `label` is `cls` or a field of the jsons.
         labels: "none" leaves labels out; anything else takes them where they are.
+        keep: further fields of the jsons that go into KEY.json; None is all of them.
         salvage: take what is whole of a tar that is truncated or damaged.
     """
 
     places: Sequence[str]
     columns: Columns = field(default_factory=Columns)
     labels: str = "auto"
+    keep: Keep = None
     salvage: bool = False
     _unpacked: UnpackFolder | None = None
 
@@ -246,14 +261,28 @@ class TarSource:
         return files[0].name if len(files) == 1 else files[0].resolve().parent.name
 
     def digest(self) -> str:
-        """Of names, sizes and times of all tars."""
-        return digest_files(FoundFile.look(file) for file in self._files)
+        """Of names, sizes and times of all tars, and of what names their classes."""
+        beside = (self.folder / name for name in (CLASSES_FILE, FILE_NAME))
+        return digest_files(
+            FoundFile.look(file) for file in (*self._files, *(file for file in beside if file.is_file()))
+        )
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The tars."""
+        return self._files
+
+    @property
+    def folder(self) -> Path:
+        """Of the first tar."""
+        return self._files[0].parent
 
     def read(self, classes: tuple[str, ...] | None = None) -> Splits:
         """List the samples.
 
         Args:
-            classes: class names of the set that they join; those of the tars or of `classes.txt` beside them if None.
+            classes: class names of the set that they join; if None, those that the manifest or `classes.txt` beside
+                the tars names, or that occur.
 
         Raises:
             BadInput: a tar cannot be read, or labels are ambiguous or make no sense.
@@ -266,18 +295,46 @@ class TarSource:
         fields = count_up(tar.scan_json() for tar in every)
         rule = self._rule(every, list(fields))
         found_classes = self._number(every, rule, classes)
-        kept = list(fields)[:_MOST_FIELDS]
-        kept = [name for name in kept if name not in _ALWAYS_THERE]
+        kept = self._kept(list(fields), rule)
         masks = find_masks(every)
         notes = list_notes(every)
-        if len(fields) > _MOST_FIELDS:
+        if self.keep is None and len(fields) > _MOST_FIELDS:
             notes.append(f"the jsons have {len(fields):,} different fields: the {_MOST_FIELDS} most frequent are kept")
-        rows = {split: TarRows(listings, kept, masks, None) for split, listings in tars.items()}
-        return Splits(rows, are_named, found_classes, tuple(notes))
+        path_field = "path" if self._is_of_a_packed_set else None
+        rows = {split: TarRows(listings, kept, masks, path_field) for split, listings in tars.items()}
+        return Splits(rows, are_named, found_classes, tuple(notes), self._licence)
 
     @cached_property
     def _files(self) -> list[Path]:
         return find_tars(self.places)
+
+    @cached_property
+    def _manifest(self) -> Manifest:
+        """The one beside the tars; an empty one where there is none that can be read."""
+        try:
+            return read_manifest(self.folder)
+        except BadInput:
+            return Manifest({})
+
+    @property
+    def _is_of_a_packed_set(self) -> bool:
+        """Whether all tars are shards that `pack` wrote."""
+        ours = (entry.shards for entry in self._manifest.splits.values() if not entry.is_indexed)
+        return {file.name for file in self._files} <= {shard.name for shards in ours for shard in shards}
+
+    @property
+    def _licence(self) -> str | None:
+        names = {file.name for file in self._files}
+        of = [entry for entry in self._manifest.splits.values() if names & {shard.name for shard in entry.shards}]
+        return of[0].licence if len({entry.licence for entry in of}) == 1 else None
+
+    def _kept(self, fields: Sequence[str], rule: LabelRule) -> dict[str, str]:
+        """The fields of the jsons that are packed, and their names then."""
+        known = list(fields[:_MOST_FIELDS] if self.keep is None else fields)
+        used: list[str | None] = [rule.field]
+        if self._is_of_a_packed_set:
+            used += RESERVED
+        return choose_extra(known, used, self.keep, f"the jsons of {self.folder}")
 
     def _list(self, file: Path) -> TarListing:
         plain = file
@@ -294,9 +351,9 @@ class TarSource:
             return LabelRule(None)
         if self.columns.label == "cls":
             return LabelRule("cls")
-        if self.columns.label is None and all((tar.samples.members("cls") >= 0).all() for tar in tars):
+        if self.columns.label is None and all(_all_have(tar, "cls") for tar in tars):
             return LabelRule("cls")
-        usual = [name for name in fields if name.lower() in USUAL_FIELDS]
+        usual = [name for name in fields if name.lower() in LABEL_NAMES]
         if "label" in usual and self.columns.label is None:
             return LabelRule("json", "label")
         where = f"the jsons of {tars[0].file.parent}" if fields else f"{tars[0].file.parent} has no json, and"
@@ -311,10 +368,16 @@ class TarSource:
         written = {text for found in texts for text in found if text is not None}
         if not written:
             return None
-        beside = self._files[0].parent / CLASSES_FILE
-        if classes is None and beside.is_file():
-            classes = read_classes(beside)
-        numbers, classes = number_texts(written, f"{rule} of {self._files[0].parent}", classes)
+        where, own = f"{rule} of {self.folder}", self._manifest.classes
+        if own is not None and self._is_of_a_packed_set and rule == LabelRule("json", "label"):
+            for tar, found in zip(tars, texts, strict=True):
+                tar.labels[:] = renumber_labels(tar.count_in(found, len(own)), own, classes or own, where)
+            return classes or own
+        if classes is None and own is not None:
+            classes = own
+        elif classes is None and (self.folder / CLASSES_FILE).is_file():
+            classes = read_classes(self.folder / CLASSES_FILE)
+        numbers, classes = number_texts(written, where, classes)
         for tar, found in zip(tars, texts, strict=True):
             tar.labels[:] = [-1 if text is None else numbers[text] for text in found]
         return classes
@@ -323,7 +386,7 @@ class TarSource:
 def find_masks(tars: Sequence[TarListing]) -> list[str]:
     """Extensions of label maps: PNGs such as `seg.png` that every sample has, with the first picture's size."""
     sets = [
-        {name for name in tar.samples.extensions if _MASK_EXTENSION.fullmatch(name) and _all_have(tar, name)}
+        {name for name in _common(tar) if _MASK_EXTENSION.fullmatch(name) and _all_have(tar, name)}
         for tar in tars
         if tar.samples.keys
     ]
@@ -335,22 +398,36 @@ def find_masks(tars: Sequence[TarListing]) -> list[str]:
     if number is None:
         return []
     try:
-        height, width = decode(_read_bounded(tar.blob(int(tar.samples.pictures()[number]))), fast=False).shape[:2]
+        height, width = decode(read_bounded(tar.blob(int(tar.samples.pictures()[number]))), fast=False).shape[:2]
     except CorruptSample:
         return []
     return [name for name in common if _png_size(tar.blob(int(tar.samples.members(name)[number]))) == (width, height)]
 
 
-def _read_bounded(blob: Blob) -> bytes:
-    return blob.read() if blob.size <= MAX_BYTES else b""
-
-
 def _png_size(blob: Blob) -> tuple[int, int] | None:
     try:
-        with Image.open(io.BytesIO(_read_bounded(blob)), formats=("PNG",)) as mask:
+        with Image.open(io.BytesIO(read_bounded(blob)), formats=("PNG",)) as mask:
             return mask.size
     except Exception:  # Pillow's plugins raise nearly everything on malformed input
         return None
+
+
+def _common(tar: TarListing) -> list[str]:
+    """Extensions with so many members that every sample may have one; a tar may have as many extensions as members."""
+    counts = np.bincount(tar.samples.extension, minlength=len(tar.samples.extensions))
+    enough = np.flatnonzero(counts >= max(1, len(tar.samples.keys) - len(tar.troubles)))
+    return [tar.samples.extensions[number] for number in enough.tolist()]
+
+
+def _expect_members(samples: TarSamples, troubles: dict[int, str]) -> None:
+    """In a tar that is damaged, what lacks a label, json or label map that most have has lost it."""
+    counts = np.bincount(samples.extension, minlength=len(samples.extensions))
+    for place in np.flatnonzero(2 * counts > len(samples.keys)).tolist():
+        name = samples.extensions[place]
+        if name in ("cls", "json") or _MASK_EXTENSION.fullmatch(name):
+            lacking = np.flatnonzero(samples.members(name) < 0)
+            for number in lacking.tolist() if 2 * len(lacking) < len(samples.keys) else ():
+                troubles.setdefault(number, f"it has no {name}, which most of its damaged tar have")
 
 
 def _all_have(tar: TarListing, extension: str) -> bool:

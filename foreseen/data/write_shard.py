@@ -24,8 +24,7 @@ from PIL import Image
 from foreseen.data.damage import find_damage
 from foreseen.data.decode import DecodeError, decode
 from foreseen.data.shards import TAR_BLOCK, CorruptSample
-from foreseen.data.source import Box, Encoded, SourceSample
-from foreseen.data.store import MAX_BYTES
+from foreseen.data.source import Box, SourceSample, read_bounded
 from foreseen.data.tars import scan_tar
 from foreseen.files import read_json, write_atomically
 from foreseen.printable import printable
@@ -116,7 +115,7 @@ def _make_members(
     sample: SourceSample, job: ShardJob, result: ShardResult
 ) -> tuple[dict[str, bytes], NDArray[np.float64]]:
     """The encoded members of a sample by extension, and its channel statistics [2, 3]."""
-    data = _read(sample.image)
+    data = read_bounded(sample.image)
     pixels = decode(data, fast=False)
     if (damage := find_damage(data)) is not None:
         raise DecodeError(damage)
@@ -125,7 +124,7 @@ def _make_members(
     scale = 1.0 if job.max_side is None else min(1.0, job.max_side / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     masks = {
-        extension: _scale_mask(_read(blob), extension, (width, height), size)
+        extension: _scale_mask(read_bounded(blob), extension, (width, height), size)
         for extension, blob in sample.masks.items()
     }
     is_converted = _format_of(data) != job.image
@@ -139,12 +138,6 @@ def _make_members(
     facts = {"path": printable(sample.name), "width": size[0], "height": size[1], "label": sample.label, **sample.meta}
     facts |= {key: _scale_box(box, (width, height), size) for key, box in sample.boxes.items()}
     return {job.image: data, "json": json.dumps(facts).encode(), **masks}, statistics
-
-
-def _read(blob: Encoded) -> bytes:
-    if blob.size > MAX_BYTES:
-        raise DecodeError(f"it has {blob.size:,} bytes, more than the {MAX_BYTES:,} allowed")
-    return blob.read()
 
 
 def channel_statistics(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -162,3 +162,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], sentenc
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
     assert {file.name for file in tmp_path.iterdir()} <= {"a.tar"}
+
+
+def test_names_in_tars_steer_no_terminal_and_forge_no_lines(tmp_path: Path) -> None:
+    members = [("s/a.\x1b[2Jx", b""), ("s/b.jpg", b"no picture"), ("s/c\nsound: no faults\x9b.txt", b"")]
+    file = make_tar(tmp_path / "a.tar", members)
+    for said in (
+        run("check", file, code=1),
+        run("pack", make_tar(tmp_path / "b.tar", [*members, *members_of(1)]), tmp_path / "set"),
+    ):
+        assert not set(said) & set("\x1b\x9b")
+        assert not [line for line in said.splitlines() if line.startswith("sound: no faults")]

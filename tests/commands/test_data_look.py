@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 from foreseen.commands.data import app
 from foreseen.data import contact_sheet
 from foreseen.data.contact_sheet import SIDE, Tile, draw_sheet
+from foreseen.data.decode import DecodeError
+from foreseen.data.index_tars import IndexOptions, index_tars
 from foreseen.data.manifest import Manifest, Split, read_manifest, write_manifest
 from foreseen.data.picture_header import Header, read_header
 from foreseen.errors import BadInput
 from tests.dirty_files import encoded, picture
+from tests.tars_of_others import sound
 
 
 def run(*arguments: object) -> str:
@@ -198,3 +201,38 @@ def test_bad_input_gets_a_sentence(
     places = {"SET": str(small_shards), "PLAIN": str(tmp_path)}
     with pytest.raises(BadInput, match=message):
         run(*(places.get(argument, argument) for argument in arguments))
+
+
+def test_no_memory_is_taken_for_what_a_header_promises_or_for_a_huge_file(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    webp = bytearray(encoded(picture(60, 40), "WEBP", exif=turned))
+    assert webp[12:16] == b"VP8X"
+    webp[24:30] = (16382).to_bytes(3, "little") * 2
+    with pytest.raises(DecodeError, match=r"16383 x 16383 pixels, more than"):
+        read_header(bytes(webp))
+    (tmp_path / "good.jpg").write_bytes(encoded(picture(60, 40)))
+    with open(tmp_path / "huge.jpg", "wb") as file:
+        file.truncate(5 << 30)
+    said = run("stats", tmp_path)
+    assert "unreadable  1" in said
+    assert "5.4 GB" in said
+
+
+def test_an_index_is_looked_at_with_the_folder_of_its_tars(tmp_path: Path) -> None:
+    file = sound(tmp_path / "tars" / "a.tar", range(3))
+    index_tars({"train": [file]}, tmp_path / "index", IndexOptions(), classes=("a", "b", "c"), workers=1)
+    assert "JPEG 3" in run("stats", tmp_path / "index", "--shards-at", tmp_path / "tars")
+    run("show", tmp_path / "index", "--shards-at", tmp_path / "tars", "--out", tmp_path / "a.png")
+    with pytest.raises(BadInput, match="--shards-at is for a set"):
+        run("stats", file, "--shards-at", tmp_path / "tars")
+
+
+def test_names_of_classes_steer_no_terminal(tmp_path: Path) -> None:
+    for name in ("a\x1b[2Jb", "c\nd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(encoded(picture(60, 40)))
+    said = run("stats", tmp_path)
+    assert "\x1b" not in said
+    assert "a\\x1b[2Jb" in said
+    assert "c\\nd" in said

@@ -33,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "TRAIN", 96)
     monkeypatch.setattr(quickstart, "TEST", 24)
     monkeypatch.setattr(quickstart, "SEEDS", 2)
-    monkeypatch.setattr("foreseen.data.pack.count_cpus", lambda: 1)
+    monkeypatch.setattr("foreseen.data.parallel.count_cpus", lambda: 1)
 
 
 def test_a_quickstart_ends_in_a_page_with_its_verdict(small: None, tmp_path: Path) -> None:

@@ -385,3 +385,11 @@ def test_pretraining_straight_from_lists_and_sets_of_torchvision(
     said = foreseen("pretrain", "mae_cpu_minutes", *recipe(**TINY, data__path=again, run__dir=tmp_path / "again"))
     assert "packing" not in said
     assert len(list(cache.glob("packed-*"))) == 1
+
+
+def test_a_place_of_tars_is_refused_for_pictures_that_are_packed(
+    pictures: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    for path in (pictures, "null"):
+        said = refused("pretrain", *recipe(data__path=path, data__shards_at=tmp_path, **TINY))
+        assert f"data.shards_at {tmp_path} says where the tars of a set lie" in said

@@ -235,3 +235,23 @@ def test_pickles_are_counted_and_never_opened(tmp_path: Path) -> None:
     found = check_set(tmp_path, workers=1)
     assert (found.faults, found.notes) == ([], ["never opened of train: 1 *.pkl, 1 *.pyd, 1 *.pth"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_writing_of_checksums_that_was_killed_is_finished_by_the_next(indexed: Path) -> None:
+    manifest = (indexed / "manifest.json").read_bytes()
+    check_set(indexed, workers=1, write_checksums=True)
+    finished = (indexed / "manifest.json").read_bytes()
+    (indexed / "manifest.json").write_bytes(manifest)
+    check_set(indexed, workers=1, write_checksums=True)
+    assert (indexed / "manifest.json").read_bytes() == finished
+
+
+def test_no_checksum_is_written_into_a_set_that_was_made_anew_meanwhile(indexed: Path) -> None:
+    def index_again(done: int, total: int) -> None:
+        if done == total:
+            make_tar(indexed / "train-0.tar", members_of(0, 1))
+            index_tars({"train": [indexed / "train-0.tar"]}, indexed, IndexOptions(), workers=1, overwrite=True)
+
+    found = check_set(indexed, workers=1, write_checksums=True, progress=index_again)
+    assert "the checksums of train were not written, since it was packed anew meanwhile" in found.notes
+    assert len(ShardSet.open(indexed, "train")) == 1

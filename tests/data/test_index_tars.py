@@ -11,7 +11,7 @@ import pytest
 from foreseen.data.index_tars import Indexed, IndexOptions, index_tars
 from foreseen.data.manifest import read_manifest
 from foreseen.data.shards import ShardSet
-from foreseen.data.tar_labels import LabelRule
+from foreseen.data.tar_labels import LabelRule, number_texts
 from foreseen.data.tar_paths import by_split, find_tars
 from foreseen.errors import BadInput
 from tests.pets_archives import jpeg
@@ -173,4 +173,14 @@ def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
     assert found.notes == (
         "never opened: 1 *.pkl, 1 hidden members",
         "1 samples have several pictures: one is read, jpg before png; --image EXT chooses",
+    )
+
+
+@pytest.mark.parametrize("names", [("0", "2", "1"), ("1", "2", "3"), ("001", "002", "003")])
+def test_a_number_that_is_the_name_of_another_class_is_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(BadInput, match=r"has the label [12], which may be the class of that number, '\d+', or that of"):
+        number_texts(["1", "2"], "cls of here", names)
+    assert number_texts(["1", "2"], "cls of here", ("0", "1", "2"))[0]["2"] == 2
+    assert number_texts(["10", "20"], "cls of here", ("10", "20"))[0]["20"] == 1, (
+        "names, since there are no such numbers"
     )

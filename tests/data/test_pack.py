@@ -1,6 +1,7 @@
 """Packing: bytes kept, stock readers served, kills survived, bad pictures named."""
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from foreseen.data import pack as pack_module
 from foreseen.data.decode import decode
 from foreseen.data.manifest import read_manifest
 from foreseen.data.pack import pack
+from foreseen.data.publish import lock_folder
 from foreseen.data.shards import ShardSet
 from foreseen.data.source import Blob, FolderListing, Missing, SourceSample
 from foreseen.data.tars import scan_tar
@@ -546,3 +548,17 @@ def test_a_killed_packing_by_size_goes_on(picture_folder: Path, tmp_path: Path) 
         pack(samples, tmp_path / "set", "train", workers=1)
     assert pack(samples, tmp_path / "set", "train", **kwargs).kept_shards == 2  # type: ignore[arg-type]
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+def test_a_lock_that_another_packing_gives_up_just_then_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = fcntl.flock
+
+    def end_of_the_other(number: int, how: int) -> None:
+        (tmp_path / ".packing.lock").unlink()
+        take(number, how)
+
+    monkeypatch.setattr("foreseen.files.fcntl.flock", end_of_the_other)
+    with pytest.raises(BadInput, match="another process is packing"), lock_folder(tmp_path):
+        pytest.fail("a third packing would take a lock of its own")

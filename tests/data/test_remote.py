@@ -1,5 +1,6 @@
 """Sets behind URLs read as they do from a disk; servers that fail, lie or change are survived or named."""
 
+import json
 import os
 import pickle
 import shutil
@@ -329,3 +330,26 @@ def test_credentials_are_masked() -> None:
     assert masked_argument("data.storage_options.secret=s") == "data.storage_options.secret=***"
     assert masked_argument("data.storage_options={key: s}") == "data.storage_options=***"
     assert masked_argument("data.storage_options.anon=true") == "data.storage_options.anon=true"
+
+
+def test_labels_that_are_not_the_manifests_are_refused_and_not_kept(http: Http, own_shards: Path) -> None:
+    file = own_shards / "train.labels.npy"
+    labels = np.load(file)
+    np.save(file, np.roll(labels, 1))
+    with pytest.raises(BadInput, match=r"train\.labels\.npy is not the one that manifest\.json names"):
+        opened(http.url)
+    np.save(file, labels[1:])
+    with pytest.raises(BadInput, match=r"train\.labels\.npy cannot be used"):
+        opened(http.url)
+    np.save(file, labels)
+    found = opened(http.url).labels
+    assert found is not None
+    assert found.tolist() == labels.tolist()
+
+
+def test_a_set_without_a_digest_of_its_labels_is_read(http: Http, own_shards: Path) -> None:
+    manifest = json.loads((own_shards / "manifest.json").read_text())
+    for split in manifest["splits"].values():
+        del split["labels_digest"]
+    (own_shards / "manifest.json").write_text(json.dumps(manifest))
+    assert opened(http.url).labels is not None

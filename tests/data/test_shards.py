@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foreseen.data import store
+from foreseen.data import shards, store
+from foreseen.data.index_tars import IndexOptions, index_tars
 from foreseen.data.manifest import Manifest, Shard, Split, read_manifest, write_manifest
 from foreseen.data.shards import INDEX_ROW, CorruptSample, ShardSet
 from foreseen.errors import BadInput
+from tests.pets_archives import png
+from tests.tars_of_others import make_tar
 
 
 @pytest.fixture
@@ -232,3 +235,36 @@ def test_the_start_of_a_picture_is_read_alone(small_shards: Path) -> None:
     assert data.read_start(3, 10) == data.read(3)[:10]
     assert data.read_start(3, 10**9) == data.read(3)
     assert data.sizes()[3] == len(data.read(3))
+
+
+def test_facts_are_those_of_the_sample_where_the_json_stands_before_the_picture(tmp_path: Path) -> None:
+    members = [
+        (f"./v1.0/{number}.{extension}", data)
+        for number in range(3)
+        for extension, data in (("json", b'{"path": "\\u001b[2Jof %d"}' % number), ("png", png(9, 9)))
+    ]
+    file = make_tar(tmp_path / "before.tar", members)
+    index_tars({"before": [file]}, tmp_path, IndexOptions(), workers=1)
+    before = ShardSet.open(tmp_path, "before")
+    assert [before.facts(sample) for sample in range(3)] == [{}, {}, {}], "what follows is of the next sample"
+    assert before.shard_and_key(1) == ("before.tar", "./v1.0/1")
+    assert before.name(1) == "before.tar: sample 1 (key ./v1.0/1)"
+    members = [members[place] for place in (1, 0, 3, 2, 5, 4)]
+    index_tars({"behind": [make_tar(tmp_path / "behind.tar", members)]}, tmp_path, IndexOptions(), workers=1)
+    behind = ShardSet.open(tmp_path, "behind")
+    assert [behind.facts(sample)["path"] for sample in range(3)] == [f"\x1b[2Jof {sample}" for sample in range(3)]
+    assert behind.name(1) == "\\x1b[2Jof 1"
+
+
+def test_the_limit_of_bytes_is_the_callers_for_the_second_look_too(
+    own_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ShardSet.open(own_shards, "train")
+    large = int(data.sizes().max())
+    sample = int(data.sizes().argmax())
+    index = np.load(own_shards / "train.index.npy")
+    index["crc32"][sample] ^= 1
+    np.save(own_shards / "train.index.npy", index)
+    monkeypatch.setattr(shards, "MAX_BYTES", large - 1)
+    with pytest.raises(CorruptSample, match="crc32 differs"):
+        ShardSet.open(own_shards, "train").read(sample, max_bytes=large)

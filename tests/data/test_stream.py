@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,40 @@ def test_tars_without_a_picture_are_refused_and_not_read_for_ever(http: Http, tm
     (tmp_path / "served/page.tar").write_bytes(b"<html>" * 1000)
     with pytest.raises(BadInput, match=r"page\.tar is broken, or no plain tar"):
         batches(opened(f"{http.url}/page.tar"), 0, 1)
+
+
+@pytest.mark.parametrize("damage", ["header", "cut"])
+def test_a_tar_that_is_damaged_does_not_end_there_in_silence(damage: str, http: Http, tmp_path: Path) -> None:
+    file = tmp_path / "served/train-000000.tar"
+    content = bytearray(file.read_bytes())
+    with tarfile.open(file) as tar:
+        at = [member.offset for member in tar.getmembers()][7]
+    content[at + 3] ^= 1
+    file.write_bytes(content[: at + 100] if damage == "cut" else content)
+    with pytest.raises(
+        BadInput, match=r"train-000000\.tar is broken, or no plain tar \(.*at byte [\d,]+\), after 3 pict"
+    ):
+        names(opened(f"{http.url}/train-000000.tar"))
+
+
+def test_a_tar_without_an_end_mark_is_whole(http: Http, tmp_path: Path) -> None:
+    whole = names(opened(f"{http.url}/train-000000.tar"))
+    file = tmp_path / "served/train-000000.tar"
+    file.write_bytes(file.read_bytes().rstrip(b"\0") + bytes(-len(file.read_bytes().rstrip(b"\0")) % 512))
+    assert names(opened(f"{http.url}/train-000000.tar")) == whole
+
+
+def test_what_a_command_prints_behind_a_tar_takes_no_memory(small_shards: Path) -> None:
+    shards = opened(f"pipe:cat {small_shards}/train-000000.tar; head -c 200000000 /dev/zero", allow_shell=True)
+    tracemalloc.start()
+    assert len(names(shards)) == 10
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 50_000_000
+
+
+def test_a_pattern_that_names_more_tars_than_there_are_is_refused_before_it_is_written_out() -> None:
+    with pytest.raises(BadInput, match="names more than 1,000,000 tars"):
+        opened("http://host/{0..99999}-{0..99999}.tar")
+    with pytest.raises(BadInput, match="is no pattern of tars"):
+        opened("http://host/{0..9.tar")

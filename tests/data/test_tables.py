@@ -12,6 +12,7 @@ from foreseen.data.open_source import SourceOptions, open_source
 from foreseen.data.pack import pack
 from foreseen.data.source import Missing, Splits
 from foreseen.data.table import Columns
+from foreseen.data.table_files import read_table
 from foreseen.errors import BadInput
 
 
@@ -226,3 +227,13 @@ def test_what_keep_columns_says() -> None:
     assert choose_extra(["path", "label", "x"], ("path",), None, "it") == {"label": "source_label", "x": "x"}
     with pytest.raises(BadInput, match="two columns that would be kept as 'source_width'"):
         choose_extra(["width", "source_width"], (), None, "it")
+
+
+def test_a_head_of_a_million_cells_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("path" + "," * 900_000 + "\na.jpg\n")
+    with pytest.raises(BadInput, match="has 900,001 columns, more than 1,000"):
+        read_table(tmp_path / "a.csv")
+    names = ", ".join(f'"{number}": 0' for number in [*range(60_000), 59_999])
+    (tmp_path / "a.jsonl").write_text(f"{{{names}}}\n")
+    with pytest.raises(BadInput, match="it has '59999' twice"):
+        read_table(tmp_path / "a.jsonl")

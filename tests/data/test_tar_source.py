@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tarfile
+import tracemalloc
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from foreseen.commands.data import pack as pack_command
 from foreseen.data.check import check_set
 from foreseen.data.index_tars import IndexOptions, index_tars
 from foreseen.data.manifest import read_manifest
@@ -64,7 +66,7 @@ def test_tars_are_packed_with_labels_facts_and_label_maps(suffix: str, tmp_path:
     mode = {"tar": "w", "gz": "w:gz", "tgz": "w:gz", "xz": "w:xz", "bz2": "w:bz2"}[suffix.rpartition(".")[2]]
     for split, numbers in (("train", range(5)), ("val", range(5, 8))):
         sound(tmp_path / "tars" / f"{split}-0{suffix}", numbers, mode=mode)
-    found = pack_all(tmp_path / "tars", tmp_path / "set")
+    found = pack_all(tmp_path / "tars", tmp_path / "set", keep=None)
     assert {split: summary.samples for split, summary in found.items()} == {"train": 5, "val": 3}
     packed = contents(tmp_path / "set", "train")
     assert sorted(packed) == [f"train-0{suffix}/s/{number:03d}.jpg" for number in range(5)]
@@ -175,7 +177,85 @@ def test_a_truncated_tar_is_refused_with_the_remedy_and_salvaged_by_repair(tmp_p
     with pytest.raises(BadInput, match=r"truncated: s/004\.json .* `foreseen data repair \S+ OUT` keeps what is whole"):
         read(file)
     found, _ = mend(file, tmp_path / "out")
-    assert (found["train"].samples, [name for name, _ in found["train"].unreadable]) == (5, ["a.tar"])
+    assert (found["train"].samples, [name for name, _ in found["train"].unreadable]) == (4, ["a.tar/s/004", "a.tar"])
+    assert {tuple(sorted(members)) for members in contents(tmp_path / "out", "train").values()} == {
+        ("jpg", "json", "seg.png")
+    }, "for the one that lost its label map, the others do not lose theirs"
+
+
+def test_labels_survive_the_damage_of_a_few_of_their_members(tmp_path: Path) -> None:
+    file = make_tar(tmp_path / "a.tar", [member for number in range(6) for member in members_of(number, number % 2)])
+    content = bytearray(file.read_bytes())
+    content[scan_tar(file)[3].offset - 500] ^= 1  # the header of 001.cls
+    file.write_bytes(content)
+    found, _ = mend(file, tmp_path / "out")
+    assert dict(found["train"].unreadable)["a.tar/s/001"] == "it has no cls, which most of its damaged tar have"
+    labels = ShardSet.open(tmp_path / "out", "train").labels
+    assert labels is not None
+    assert sorted(labels.tolist()) == [0, 0, 0, 1, 1]
+
+
+def test_further_fields_are_chosen_and_those_of_packing_are_renamed(tmp_path: Path) -> None:
+    facts = json.dumps({"breed": "cat", "path": "x\n.jpg", "width": 7, "score": float("nan"), "id": 3}).encode()
+    file = make_tar(tmp_path / "a.tar", [member for n in range(2) for member in members_of(n, json=facts)])
+
+    def kept(name: str, **options: Any) -> dict[str, Any]:
+        pack_all(file, tmp_path / name, **options)
+        (facts,) = {
+            members["json"] for members in contents(tmp_path / name, "train").values() if b"000.jpg" in members["json"]
+        }
+        found: dict[str, Any] = json.loads(facts, parse_constant=pytest.fail)
+        return {key: value for key, value in found.items() if key not in ("path", "width", "height", "label")}
+
+    assert kept("all", keep=None) == {"source_path": "x\n.jpg", "source_width": 7, "score": None, "id": 3}
+    assert kept("one", keep=("id",)) == {"id": 3}
+    assert kept("none") == {}
+    with pytest.raises(BadInput, match=r"has no column 'idd' to keep; did you mean id\?"):
+        read(file, keep=("idd",))
+
+
+def test_shards_of_a_set_keep_class_names_and_paths_when_they_are_packed_again(damaged: Path, tmp_path: Path) -> None:
+    found = pack_all(tmp_path / "whole", tmp_path / "again", keep=None)
+    assert {split: summary.samples for split, summary in found.items()} == {"train": 8, "val": 4}
+    assert read_manifest(tmp_path / "again").classes == ("a", "b", "c")
+    assert read(tmp_path / "whole").licence == "CC0"
+    for split in ("train", "val"):
+        assert contents(tmp_path / "again", split) == contents(tmp_path / "whole", split)
+
+
+def test_shards_that_join_a_set_with_other_classes_are_counted_by_name(damaged: Path, tmp_path: Path) -> None:
+    joined = ("c", "x", "b", "a")
+    found = open_source(str(tmp_path / "whole"), SourceOptions()).read(joined)
+    assert found.classes == joined
+    for sample in found.splits["train"]:
+        number = int(sample.name.partition("/s/")[2].partition(".")[0])
+        assert joined[sample.label or 0] == "abc"[number % 3]
+    with pytest.raises(BadInput, match="has a class 'b' that the set does not have"):
+        open_source(str(tmp_path / "whole"), SourceOptions()).read(("a", "c"))
+
+
+def test_nothing_is_packed_into_the_folder_of_the_tars(damaged: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    sound(whole / "other-000000.tar", range(3))
+    before = {file.name: file.read_bytes() for file in whole.iterdir()}
+    for src in (whole / "other-000000.tar", f"{whole}/other-{{000000..000000}}.tar"):
+        with pytest.raises(BadInput, match="is the folder of the tars themselves"):
+            mend(src, whole)  # type: ignore[arg-type]
+        with pytest.raises(BadInput, match="is the folder of the tars themselves"):
+            pack_command(str(src), whole, split="other", overwrite=True)
+    assert {file.name: file.read_bytes() for file in whole.iterdir()} == before
+
+
+def test_many_different_extensions_cost_no_more_than_few(tmp_path: Path) -> None:
+    members = [m for n in range(5000) for m in ((f"{n}.jpg", jpeg(8, 8)), (f"{n}.{n:04d}.png", b"x"))]
+    file = make_tar(tmp_path / "tars" / "a.tar", members)
+    tracemalloc.start()
+    assert not read(file).splits["train"][0].masks
+    index_tars({"train": [file]}, tmp_path / "tars", IndexOptions(), workers=1)
+    assert not check_set(tmp_path / "tars", workers=1, decode=False).faults
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 100_000_000, "an array of all samples for each extension takes 200 MB"
 
 
 @pytest.fixture
@@ -269,3 +349,22 @@ def test_the_digest_follows_the_tars_and_not_the_place(tmp_path: Path) -> None:
     assert digest == TarSource([str(tmp_path / "two")]).digest()
     sound(file, range(4))
     assert digest != TarSource([str(tmp_path / "one")]).digest()
+
+
+def test_one_garbled_label_costs_one_sample_and_not_the_repair(tmp_path: Path) -> None:
+    members = [member for number in range(4) for member in members_of(number, ("cat", "dog")[number % 2])]
+    file = make_tar(tmp_path / "tars" / "a.tar", members)
+    index_tars({"train": [file]}, tmp_path / "tars", IndexOptions(), workers=1)
+    content = bytearray(file.read_bytes())
+    content[scan_tar(file)[3].offset] = ord("f")
+    file.write_bytes(content)
+    found, _ = mend(tmp_path / "tars", tmp_path / "out")
+    assert found["train"].unreadable == [("a.tar/s/001", "its label is 'fog', which is no class of the set")]
+    assert found["train"].samples == 3
+
+
+def test_class_names_beside_the_tars_are_part_of_the_digest(tmp_path: Path) -> None:
+    sound(tmp_path / "a.tar", range(3))
+    before = TarSource([str(tmp_path)]).digest()
+    (tmp_path / "classes.txt").write_text("x\ny\nz\n")
+    assert TarSource([str(tmp_path)]).digest() != before

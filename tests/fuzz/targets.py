@@ -34,7 +34,7 @@ from foreseen.data.decode import decode
 from foreseen.data.index_tars import IndexOptions, index_tars
 from foreseen.data.manifest import Manifest, Shard, Split, read_manifest, write_manifest
 from foreseen.data.picture_header import read_header
-from foreseen.data.shards import INDEX_ROW, CorruptSample, ShardSet, index_digest
+from foreseen.data.shards import INDEX_ROW, CorruptSample, ShardSet, rows_digest
 from foreseen.data.table import Columns, TableSource
 from foreseen.data.tar_labels import LabelRule, read_classes
 from foreseen.data.tar_paths import find_tars, holds_tars
@@ -248,7 +248,7 @@ def _write_set(folder: Path, **other: bytes) -> None:
     index = np.zeros(ROWS, INDEX_ROW)
     split = Split(
         samples=ROWS, shards=(Shard("train-000000.tar", ROWS, len(parts["tar"])),), image="jpg",
-        index="train.index.npy", index_digest=index_digest(index), labels="train.labels.npy", mean=(0.5,) * 3,
+        index="train.index.npy", index_digest=rows_digest(index), labels="train.labels.npy", mean=(0.5,) * 3,
         std=(0.2,) * 3, source="fuzz", licence=None, plan=None,
     )  # fmt: skip
     write_manifest(folder, Manifest({"train": split}, ("a", "b")))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from foreseen.data.manifest import Manifest, Shard, Split, write_manifest
-from foreseen.data.shards import INDEX_ROW, index_digest
+from foreseen.data.shards import INDEX_ROW, rows_digest
 from foreseen.data.tars import scan_tar
 
 
@@ -105,6 +105,6 @@ def write_set(folder: Path, shards: dict[str, dict[str, bytes]], image: str = "j
     np.save(folder / "train.index.npy", index)
     split = Split(
         samples=len(rows), shards=tuple(entries), image=image, index="train.index.npy",
-        index_digest=index_digest(index), labels=None, mean=None, std=None, source=None, licence=None, plan=None,
+        index_digest=rows_digest(index), labels=None, mean=None, std=None, source=None, licence=None, plan=None,
     )  # fmt: skip
     write_manifest(folder, Manifest({"train": split}))
