@@ -84,7 +84,6 @@ def test_repair_says_what_was_left_out(tars: Path, tmp_path: Path) -> None:
     said = run("repair", tars, tmp_path / "out", "--workers", 1)
     assert "4 keys were scattered or stood twice: their members are sorted out" in said
     assert f"copied 4 samples (jpg) in 1 shards: {tmp_path / 'out'}, split train" in said
-    assert said == "XX"
     assert f"1 left out in all: {tmp_path / 'out'}/train.unreadable.txt" in said
     assert "sound: no faults" in run("check", tmp_path / "out", "--workers", 1)
 
