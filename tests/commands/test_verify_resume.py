@@ -30,13 +30,13 @@ def lose_the_optimizer(module):
 
     module.Checkpoints.load = load
 
-def lose_the_place_on_one_rank(module):
+def lose_the_place_in_small_micro_batches(module):
     real = module.BatchLayout.positions
-    module.BatchLayout.positions = lambda self, step, rank, micro: real(self, step + (self.ranks == 1), rank, micro)
+    module.BatchLayout.positions = lambda self, step, *more: real(self, step + (self.accumulation == 4), *more)
 
 TARGETS = {
     "optimizer": ("foreseen.engine.checkpoint", lose_the_optimizer),
-    "position": ("foreseen.data.batch", lose_the_place_on_one_rank),
+    "position": ("foreseen.data.batch", lose_the_place_in_small_micro_batches),
 }
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -100,7 +100,7 @@ def test_a_sound_job_passes_after_kills_and_on_another_topology(recipe: Recipe, 
 def test_a_job_that_loses_something_is_caught(recipe: Recipe, tmp_path: Path, lost: str, sentence: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE, encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    arguments = _plan(recipe, tmp_path / "verify", kills=1, saves=0, steps=16)
+    arguments = _plan(recipe, tmp_path / "verify", kills=1, saves=0, steps=16, ranks=1)
     code, output, facts = _verify(arguments, PYTHONPATH=path, SABOTAGE=lost)
     assert code == 1, output
     assert sentence in output
