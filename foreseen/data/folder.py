@@ -4,7 +4,9 @@ import os
 import stat
 from pathlib import Path
 
+from foreseen.data.not_pictures import name_unread
 from foreseen.data.source import FolderListing, Splits, digest_files, entries, is_picture, walk
+from foreseen.data.tar_samples import count_up
 from foreseen.errors import BadInput
 
 SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test"})
@@ -46,7 +48,9 @@ class FolderSource:
             listings[split or "train"] = FolderListing(self.root / split, self.labels, classes)
             classes = classes or listings[split or "train"].classes
         skipped = sum(listing.skipped for listing in listings.values())
-        notes = [f"{skipped:,} files of {self.root} are no pictures by their names, and are passed over"]
+        notes = [f"{skipped:,} files of {self.root} are no pictures that are read, by their names, and are passed over"]
+        if unread := count_up(listing.unread for listing in listings.values()):
+            notes.append(name_unread(unread))
         labelled = any(listing.classes for listing in listings.values())
         return Splits(listings, bool(folders), classes if labelled else None, tuple(notes if skipped else ()))
 

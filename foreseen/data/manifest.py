@@ -6,6 +6,7 @@ A set is a folder. Each split has shards `train-000000.tar`…, one index `train
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from foreseen.files import MAX_JSON_BYTES, parse_json, read_text, write_atomical
 FORMAT, VERSION = "foreseen-shards", 1
 FILE_NAME = "manifest.json"
 WORK_PREFIX = ".packing-"
+
+_KINDS = {str: "text", dict: "an object"}
+_NOT_IN_NAMES = re.compile("[/\\\\\0\ud800-\udfff]")  # what leads elsewhere, and what no file's name can hold
 
 
 class Shard(NamedTuple):
@@ -120,8 +124,14 @@ def _parse_split(found: dict[str, Any]) -> Split:
         raise ValueError(f"samples is {found['samples']}, but its shards hold {total}")
     names = [shard.name for shard in shards] + [found["index"]] + ([] if found["labels"] is None else [found["labels"]])
     for name in names:
-        if not isinstance(name, str) or not name or set(name) & set("/\\\0") or name.startswith("."):
+        if not isinstance(name, str) or not name or _NOT_IN_NAMES.search(name) or name.startswith("."):
             raise ValueError(f"{name!r} is not the name of a file beside it")
+    for key, kind in (("source", str), ("licence", str), ("first_digest", str), ("plan", dict)):
+        if not isinstance(found.get(key), kind | None):
+            raise ValueError(f"{key} is {json.dumps(found[key])[:80]}, it must be {_KINDS[kind]} or null")
+    plan = found["plan"] or {}
+    if not isinstance(plan.get("indexed"), dict | None):
+        raise ValueError(f"plan.indexed is {json.dumps(plan['indexed'])[:80]}, it must be an object or null")
     return Split(
         samples=total,
         shards=shards,

@@ -4,7 +4,25 @@ Folders of pictures hold web pages that a server sent instead of a picture, poin
 not read on purpose. A list of thousands of unreadable files is of use only where each says which of these it is.
 """
 
+import os
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+# Pictures that are not read, by the ends of their names, and what to do with them.
+_UNREAD = {
+    "convert them to JPEG or PNG": (
+        ".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".svg", ".svgz", ".ico", ".qoi", ".tga",
+        ".dds", ".pcx", ".wmf", ".emf",
+    ),
+    "export them as PNG or TIFF": (".psd", ".psb", ".xcf", ".ai", ".eps", ".kra", ".dcm"),
+    "develop the raw ones to JPEG or TIFF": (
+        ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".srf", ".sr2", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw",
+        ".x3f", ".3fr", ".iiq", ".raw",
+    ),
+    "convert them to 16-bit PNG or float TIFF": (".exr", ".hdr", ".fits"),
+}  # fmt: skip
+_REMEDIES = {suffix: remedy for remedy, suffixes in _UNREAD.items() for suffix in suffixes}
 
 _TEXT = re.compile(rb"[\t\n\r\x20-\x7e]+")
 _WEB_PAGE = re.compile(rb"\s*(<!doctype html|<html|<head|<body|<script)", re.IGNORECASE)
@@ -59,6 +77,21 @@ _BROKEN = (
     (b"II+\x00", "BigTIFF"),
     (b"MM\x00+", "BigTIFF"),
 )
+
+
+def count_unread(names: Iterable[str]) -> Counter[str]:
+    """How many of some files are pictures by their names, of kinds that are not read: by the end of the name."""
+    suffixes = (os.path.splitext(name)[1].lower() for name in names)
+    return Counter(suffix for suffix in suffixes if suffix in _REMEDIES)
+
+
+def name_unread(counts: Mapping[str, int]) -> str:
+    """Say which these are, and what to do about them."""
+    kinds = ", ".join(
+        f"{count:,} {suffix}" for suffix, count in sorted(counts.items(), key=lambda kind: (-kind[1], kind))
+    )
+    remedies = [remedy for remedy, suffixes in _UNREAD.items() if not counts.keys().isdisjoint(suffixes)]
+    return f"{sum(counts.values()):,} of them are pictures of kinds that are not read ({kinds}): {', '.join(remedies)}"
 
 
 def name_bytes(data: bytes, formats: tuple[str, ...]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from foreseen.data.not_pictures import count_unread, name_unread
 from foreseen.data.shards import CorruptSample
 from foreseen.data.store import MAX_BYTES
 from foreseen.errors import BadInput
@@ -191,7 +192,8 @@ class FolderListing(Listing):
 
     Attributes:
         classes: the names of the class folders, sorted; None without labels.
-        skipped: files that were passed over because their suffix is not of a picture.
+        skipped: files that were passed over because their suffix is not of a picture that is read.
+        unread: how many of them are pictures of other kinds, by suffix.
     """
 
     def __init__(self, root: str | Path, labels: str = "none", classes: tuple[str, ...] | None = None) -> None:
@@ -212,9 +214,11 @@ class FolderListing(Listing):
         found = sorted((file.name, file.size) for file in walk(self.root))
         pictures = [(name, size) for name, size in found if is_picture(name)]
         self.skipped = len(found) - len(pictures)
+        self.unread = count_unread(name for name, _ in found)
         if not pictures:
             holds = f"holds {len(found):,} files, none of them" if found else "is empty: it needs"
-            raise BadInput(f"{root} {holds} pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            rest = f"; {name_unread(self.unread)}" if self.unread else ""
+            raise BadInput(f"{root} {holds} pictures ({', '.join(sorted(IMAGE_SUFFIXES))}){rest}")
         self._names = [name for name, _ in pictures]
         self._sizes = np.array([size for _, size in pictures], dtype=np.int64)
         self.classes: tuple[str, ...] | None = None

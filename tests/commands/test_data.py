@@ -42,6 +42,22 @@ def test_unreadable_pictures_are_counted_and_shown(tmp_path: Path, picture_folde
     assert str(tmp_path / "set" / "train.unreadable.txt") in said
 
 
+def test_pictures_of_kinds_that_are_not_read_are_named_with_what_to_do(tmp_path: Path, picture_folder: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    for name in ("a.heic", "b.HEIC", "deep/c.avif", "d.jxl", "e.svg", "f.psd", "deep/g.NEF", "notes.txt", ".h.heic"):
+        (source / name).touch()
+    with pytest.raises(BadInput, match=r"7 of them are pictures of kinds that are not read \(2 \.heic, 1 \.avif"):
+        run("pack", source, tmp_path / "set", "--workers", 1)
+    (source / "good.jpg").write_bytes(next(picture_folder.rglob("*.jpg")).read_bytes())
+    said = run("pack", source, tmp_path / "set", "--workers", 1)
+    assert f"8 files of {source} are no pictures that are read, by their names, and are passed over" in said
+    assert (
+        "7 of them are pictures of kinds that are not read (2 .heic, 1 .avif, 1 .jxl, 1 .nef, 1 .psd, 1 .svg): " in said
+    )
+    assert "convert them to JPEG or PNG, export them as PNG or TIFF, develop the raw ones to JPEG or TIFF\n" in said
+
+
 def test_duplicates_are_counted_and_a_leak_across_splits_is_said_loudly(tmp_path: Path, picture_folder: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / "source").mkdir(exist_ok=True)

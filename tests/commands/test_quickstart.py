@@ -7,33 +7,13 @@ import pytest
 from typer.testing import CliRunner
 
 from foreseen import cli
-from foreseen.commands import quickstart
-from foreseen.config import Config
 from foreseen.errors import BadInput
+from tests.small_quickstart import shrink
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """144 pictures, two seeds, some steps, one process."""
-    whole = quickstart.configs
-
-    def shorter(config: Config, steps: int) -> Config:
-        run = config.run.model_copy(update={"steps": steps, "save_every": steps, "log_every": 1})
-        optim = config.optim.model_copy(update={"warmup_steps": 1})
-        data = config.data.model_copy(update={"shots": config.data.shots and 2})
-        probe = config.probe.model_copy(update={"every": config.probe.every and steps, "samples": 60})
-        batch = config.batch.model_copy(update={"global_size": 8})
-        return config.model_copy(update={"run": run, "optim": optim, "data": data, "batch": batch, "probe": probe})
-
-    def configs(out: Path, method: str, seed: int) -> tuple[Config, Config]:
-        pretraining, finetuning = whole(out, method, seed)
-        return shorter(pretraining, 3), shorter(finetuning, 2)
-
-    monkeypatch.setattr(quickstart, "configs", configs)
-    monkeypatch.setattr(quickstart, "TRAIN", 96)
-    monkeypatch.setattr(quickstart, "TEST", 24)
-    monkeypatch.setattr(quickstart, "SEEDS", 2)
-    monkeypatch.setattr("foreseen.data.parallel.count_cpus", lambda: 1)
+    shrink(monkeypatch.setattr)
 
 
 def test_a_quickstart_ends_in_a_page_with_its_verdict(small: None, tmp_path: Path) -> None:

@@ -296,8 +296,11 @@ def _manifest() -> Any:
 
 def _read_manifest(data: bytes, folder: Path) -> None:
     _write_set(folder, manifest=data)
-    read_manifest(folder)
+    for split in read_manifest(folder).splits.values():
+        for shard in split.shards:
+            printable(join("https://host/set", shard.name)).encode()
     _use_set(folder)
+    check_set(folder, workers=1)
 
 
 @cache
@@ -416,7 +419,7 @@ def _read_compressed(data: bytes, folder: Path) -> None:
 _ADDRESSES = (
     "train-{000..123}.tar", "{a,b}/{train,val}-{0..3}.tar", "{a..z}.tar", "x{0..9..2}.tar", "~/train-{00..10}.tar",
     "s3://bucket/train-{0..9}.tar", "https://user:secret@host:80/a/b.tar?x=1", "http://host/set", "pipe:cat a.tar",
-    "file::s3://x/a.tar", "a.tar",
+    "file::s3://x/a.tar", "a.tar", "{a.tar,}", "a{.tar,}",
 )  # fmt: skip
 
 
@@ -440,7 +443,8 @@ def _read_address(data: bytes, folder: Path) -> None:
     if is_url(text):
         check_url(text, "data.path")
         printable(join(text, "a b.tar")).encode()
-    find_tars([text])
+    (folder / "a.tar").touch()
+    find_tars([f"{folder}/{text}"])
 
 
 _ROW: dict[str, Any] = {"path": "0.jpg", "label": "a", "split": "train", "weight": 0.5, "tags": ["x"]}

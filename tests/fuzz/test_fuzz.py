@@ -6,15 +6,21 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from foreseen.config import read_yaml
 from foreseen.data.arrays import map_array
+from foreseen.data.batch import BatchLayout
 from foreseen.data.shards import INDEX_ROW
-from foreseen.data.tars import scan_tar
+from foreseen.data.table import Columns, TableSource
+from foreseen.data.tar_paths import find_tars, holds_tars
+from foreseen.data.tar_samples import group_members, regroup
+from foreseen.data.tars import Member, Tar, scan_tar
 from foreseen.engine.checkpoint import Checkpoints
+from foreseen.engine.ledger import Ledger, read_ledger
 from foreseen.errors import BadInput
 from tests.fuzz.driver import make
 from tests.fuzz.targets import TARGETS
@@ -105,3 +111,64 @@ def test_a_resolved_config_with_an_alias_of_itself_is_a_sentence(tmp_path: Path)
     (tmp_path / "config.yaml").write_text("a: &x [*x]\n", encoding="utf-8")
     with pytest.raises(BadInput):
         read_yaml(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{0..999999999}.tar", "{0..99}{0..99}{0..99}{0..99}.tar", "{a,b}" * 40 + ".tar", "{a..z}" * 9 + ".tar",
+        "{x" + "{a,b}" * 40 + ",y}.tar", "{a{0..99999}{0..99999},b}.tar", "{0..99999}" + "x" * 5000 + ".tar",
+    ],
+)  # fmt: skip
+def test_a_pattern_of_too_many_tars_is_refused_before_it_is_expanded(bomb: str) -> None:
+    with pytest.raises(BadInput, match=r"names more than [\d,]+ tars: give the folder"):
+        find_tars([bomb])
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{" * 3000 + "a,b" + "}" * 3000 + ".tar", "{0.." + "9" * 5000 + "}.tar", "{" * 30 + "a.tar}"]
+)
+def test_a_pattern_that_no_person_writes_is_a_sentence(pattern: str) -> None:
+    with pytest.raises(BadInput, match="is no pattern of tars"):
+        find_tars([pattern])
+
+
+def test_a_name_that_no_file_can_have_and_a_user_that_is_not_there_are_sentences() -> None:
+    for place in ("x" * 5000 + ".tar", "~nobody-of-this-name/{0..3}.tar", "~nobody\0/a.tar"):
+        assert not holds_tars(place) or "{" in place
+        with pytest.raises(BadInput, match="does not exist"):
+            find_tars([place])
+
+
+@pytest.mark.parametrize(
+    "damage", ["{'descr': (", "(" * 3000, "{'descr': '|O', 'fortran_order': False, 'shape': (3, 4)}"]
+)
+def test_a_run_goes_on_whose_ledger_was_damaged(damage: str, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    (tmp_path / "ledger").mkdir()
+    header = damage.encode() + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(96)
+    (tmp_path / "ledger/samples.npy").write_bytes(data)
+    Ledger(tmp_path, BatchLayout(4, 4), 3, Accelerator(cpu=True), pixels=False).forget(1, 2)
+    assert read_ledger(tmp_path).tolist() == [[-1] * 4] * 3
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.jsonl"])
+def test_a_table_of_a_hundred_thousand_columns_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    names = [str(number) for number in range(100_000)]
+    head = ",".join(names) if name == "table.csv" else "{" + ", ".join(f'"{name}":1' for name in [*names, "9999"]) + "}"
+    (tmp_path / name).write_text(f"{head}\n1\n", encoding="utf-8")
+    began = time.process_time()
+    with pytest.raises(BadInput):
+        TableSource(tmp_path / name, Columns()).read()
+    assert time.process_time() - began < 5
+
+
+def test_a_key_with_very_many_members_is_sorted_out_in_linear_time(tmp_path: Path) -> None:
+    members = [Member(f"k.{number}", 0, 0) for number in range(20_000)]
+    grouped = group_members(Tar([*members, Member("other.jpg", 0, 0), Member("k.jpg", 0, 0)], {}, None))
+    began = time.process_time()
+    samples, troubles = regroup(grouped)
+    assert (len(samples.keys), troubles) == (2, {})
+    assert time.process_time() - began < 5

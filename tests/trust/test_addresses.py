@@ -13,9 +13,11 @@ from foreseen import cli
 from foreseen.data.hugging_face import HuggingFaceSource
 from foreseen.data.manifest import read_manifest
 from foreseen.data.open_source import SourceOptions, open_source
+from foreseen.data.shards import CorruptSample, ShardSet
 from foreseen.data.source import Missing
 from foreseen.data.table import Columns, TableSource
 from foreseen.errors import BadInput
+from tests.servers import HOST, http_server
 from tests.trust.payload import Canary, write_tar
 
 Recipe = Callable[..., list[str]]
@@ -25,7 +27,10 @@ SHAPES = (
     "file::pipe:{command}", "pipe:{command}::file://x.tar", "git://{command}", "shell://{command}", "cmd:{command}",
 )  # fmt: skip
 
-REFUSED = r"does not exist|is no encoder folder|look up|is no URL that is read|would run a command|without an index"
+REFUSED = (
+    r"does not exist|is no encoder folder|look up|is no URL that is read|would run a command|without an index|"
+    r"is missing|is no pattern of tars"
+)
 
 
 @pytest.fixture(params=SHAPES)
@@ -46,13 +51,24 @@ def test_webdataset_runs_such_a_name(canary: Canary, jpeg: bytes, tmp_path: Path
     assert canary.sang
 
 
-@pytest.mark.parametrize("place", ["data.path", "probe.data", "model.init_from", "data pack", "probe"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "data.path", "data.shards_at", "probe.data", "model.init_from", "data pack", "data pack of a pattern",
+        "data index", "data index of a pattern", "data check", "data repair", "probe",
+    ],
+)  # fmt: skip
 def test_a_shell_address_is_a_path_that_is_not_there(
     place: str, address: str, canary: Canary, recipe: Recipe, tmp_path: Path
 ) -> None:
     short = {"run__steps": 2, "optim__warmup_steps": 0, "batch__global_size": 8}
     arguments = {
         "data pack": ["data", "pack", address, str(tmp_path / "out")],
+        "data pack of a pattern": ["data", "pack", f"{address}-{{0..2}}.tar", str(tmp_path / "out")],
+        "data index": ["data", "index", address, "--out", str(tmp_path / "out")],
+        "data index of a pattern": ["data", "index", f"{{x,{address}}}-{{0..2}}.tar", "--out", str(tmp_path / "out")],
+        "data check": ["data", "check", address],
+        "data repair": ["data", "repair", address, str(tmp_path / "out")],
         "probe": ["probe", address, address],
     }.get(place)
     if arguments is None:
@@ -65,11 +81,73 @@ def test_a_shell_address_is_a_path_that_is_not_there(
     assert not canary.sang
 
 
-def test_a_shell_address_in_a_cell_of_a_table_is_a_picture_that_is_not_there(address: str, canary: Canary) -> None:
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".lst"])
+def test_a_shell_address_in_a_table_or_a_list_is_a_picture_that_is_not_there(
+    suffix: str, address: str, canary: Canary
+) -> None:
     quoted = address.replace('"', '""')
-    Path("pictures.csv").write_text(f'path,label\n"{quoted}",cat\n', encoding="utf-8")
-    (sample,) = TableSource(Path("pictures.csv"), Columns()).read().splits["train"]
+    text = {
+        ".csv": f'path,label\n"{quoted}",cat\n', ".tsv": f'path\tlabel\n"{quoted}"\tcat\n',
+        ".txt": f"{address}\n", ".lst": f"{address}\tcat\n",
+    }.get(suffix, json.dumps({"path": address, "label": "cat", "image_url": address}) + "\n")  # fmt: skip
+    file = Path(f"pictures{suffix}")
+    file.write_text(text, encoding="utf-8")
+    (sample,) = TableSource(file, Columns(image="path"), keep=None).read().splits["train"]
     assert isinstance(sample.image, Missing)
+    assert sample.name == address
+    with pytest.raises(CorruptSample, match="names no file that is there"):
+        sample.image.read()
+    assert not canary.sang
+
+
+def test_a_cache_folder_is_a_folder_whatever_its_name(
+    address: str, canary: Canary, small_shards: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with http_server(small_shards) as http:
+        monkeypatch.setenv("NO_PROXY", HOST)
+        quoted = json.dumps(address)
+        short = recipe(run__steps=1, optim__warmup_steps=0, batch__global_size=8, data__fetch="shard")
+        overrides = [*short, f"data.shards_at={http.url}", f"data.cache_dir={quoted}"]
+        result = CliRunner().invoke(cli.app, ["pretrain", "mae_cpu_minutes", *overrides], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert Path(address).is_dir(), "it is taken by its letters"
+    assert not canary.sang
+
+
+HOSTILE_NAMES = (
+    "pipe:{command}",
+    "$({command})",
+    "`{command}`",
+    "; {command}",
+    "../../outside",
+    "/etc/x",
+    "{command} |",
+)
+
+
+@pytest.mark.parametrize("verb", ["index", "pack", "check", "repair"])
+def test_names_in_a_foreign_tar_are_names(verb: str, canary: Canary, jpeg: bytes, tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for number, shape in enumerate(HOSTILE_NAMES):
+        # webdataset's key ends at the first dot of the last part
+        name = f"{number}{shape.format(command=canary.command)}"
+        members |= {
+            f"{name}.jpg": jpeg,
+            f"{name}.cls": shape.encode(),
+            f"{name}.json": json.dumps({"path": name}).encode(),
+        }
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars/train-0.tar", members)
+    before = {path for path in tmp_path.rglob("*") if "set" not in path.parts}
+    arguments = {
+        "index": ["index", "tars", "--out", "set", "--checksums", "--statistics"], "pack": ["pack", "tars", "set"],
+        "check": ["check", "tars"], "repair": ["repair", "tars", "set"],
+    }[verb]  # fmt: skip
+    result = CliRunner().invoke(cli.app, ["data", *arguments, "--workers", "1"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert {path for path in tmp_path.rglob("*") if "set" not in path.parts} == before
+    if verb != "check":
+        assert len(ShardSet.open(tmp_path / "set", "train")) == len(HOSTILE_NAMES)
     assert not canary.sang
 
 

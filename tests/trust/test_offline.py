@@ -124,6 +124,23 @@ def _commands(pictures: Path, folder: Path) -> list[list[str]]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+def test_the_quickstart_and_the_controls_reach_for_nothing(small_shards: Path, record: Path) -> None:
+    folder = record.parent
+    run = small_recipe(folder / "study", small_shards, run__steps=2, optim__warmup_steps=0, batch__global_size=8)
+    scratch = {"model.init_from": folder / "out/pretrain/encoder", "model.name": "null", "model.args": "null"}
+    begun = [*run, "data.shots=4", *(f"{key}={value}" for key, value in scratch.items())]
+    controls = ["finetune", "cpu_minutes", *begun, "views.size=48", "--controls", "--seeds", "1", "--jobs", "2"]
+    commands = [["quickstart", "--out", str(folder / "out")], controls]
+    (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
+    shrunk = "def main():\n    from tests.small_quickstart import shrink\n    shrink(setattr)\n"
+    done = _run(MAIN_JOB.replace("def main():\n", shrunk), record, "commands.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not record.exists(), record.read_text(encoding="utf-8")
+    assert (folder / "out/summary.html").is_file()
+    assert (folder / "study/controls.json").is_file()
+
+
 def _may_be_alone() -> bool:
     try:
         return not subprocess.run([*ALONE, "true"], check=False, capture_output=True).returncode

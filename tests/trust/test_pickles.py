@@ -1,5 +1,6 @@
 """No pickle runs, wherever it lies; and each of these would run in a reader that trusts it."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -23,7 +24,8 @@ from foreseen import cli
 from foreseen.data.arrays import map_array
 from foreseen.data.hugging_face import HuggingFaceSource
 from foreseen.data.shards import INDEX_ROW, ShardSet
-from foreseen.data.table import Columns
+from foreseen.data.table import Columns, TableSource
+from foreseen.data.tars import scan_tar
 from foreseen.engine.checkpoint import Checkpoints
 from foreseen.errors import BadInput
 from foreseen.handoff.encoder import Preprocessing, load_encoder, save_encoder
@@ -95,6 +97,98 @@ def test_pickles_in_the_place_of_pictures_are_unreadable_samples(
     lines = (tmp_path / "run/unreadable.jsonl").read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["key"] for line in lines} == set(MEMBERS)
     assert "it is a Python pickle, which is never opened" in {json.loads(line)["reason"] for line in lines}
+    assert not canary.sang
+
+
+def _foreign_tar(canary: Canary, jpeg: bytes, file: Path, *, as_pictures: bool = False) -> None:
+    """As others make them: whole samples with every kind of pickle beside the picture; or in a member that is read."""
+    members: dict[str, bytes] = {}
+    for sample in range(3):
+        members |= {f"{sample}.jpg": jpeg, f"{sample}.cls": b"1", f"{sample}.json": b'{"label": "cat"}'}
+        members |= {f"{sample}.{kind}": data for kind, data in canary.members.items()}
+    if as_pictures:
+        for kind, data in canary.members.items():
+            members |= {f"{kind}.{extension}": data for extension in ("jpg", "cls", "json", "seg.png")}
+    file.parent.mkdir(exist_ok=True)
+    write_tar(file, members)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_pickles_in_a_foreign_tar_do_not_run_when_it_is_packed(
+    compressed: bool, canary: Canary, jpeg: bytes, tmp_path: Path
+) -> None:
+    _foreign_tar(canary, jpeg, tmp_path / "tars/train-0.tar")
+    if compressed:
+        data = (tmp_path / "tars/train-0.tar").read_bytes()
+        (tmp_path / "tars/train-0.tar.gz").write_bytes(gzip.compress(data))
+        (tmp_path / "tars/train-0.tar").unlink()
+    said = _foreseen("data", "pack", tmp_path / "tars", tmp_path / "set", "--workers", "1")
+    assert "never opened: 3 *.pyd, 3 *.pkl" in said
+    assert "packed 3 pictures" in said
+    assert not [member.name for member in scan_tar(tmp_path / "set/train-000000.tar") if "pkl" in member.name]
+    assert not canary.sang
+
+
+@pytest.mark.parametrize("verb", ["pack", "repair"])
+def test_pickles_in_the_members_that_are_read_of_a_foreign_tar_are_left_out(
+    verb: str, canary: Canary, jpeg: bytes, tmp_path: Path
+) -> None:
+    _foreign_tar(canary, jpeg, tmp_path / "tars/train-0.tar", as_pictures=True)
+    _foreseen("data", verb, tmp_path / "tars", tmp_path / "set", "--workers", "1")
+    assert len(ShardSet.open(tmp_path / "set", "train")) == 3
+    left = (tmp_path / "set/train.unreadable.txt").read_text(encoding="utf-8")
+    assert all(f"train-0.tar/{kind}" in left for kind in MEMBERS)
+    assert not canary.sang
+
+
+def test_pickles_in_a_foreign_tar_do_not_run_when_it_is_indexed_checked_and_trained_on(
+    canary: Canary, jpeg: bytes, recipe: Recipe, tmp_path: Path
+) -> None:
+    _foreign_tar(canary, jpeg, tmp_path / "tars/train-0.tar")
+    for labels in ("cls", "json:label"):
+        _foreseen("data", "index", tmp_path / "tars", "--labels", labels, "--checksums", "--statistics", "--overwrite")
+    _foreseen("data", "check", tmp_path / "tars", "--near-duplicates", "--workers", "1")
+    _foreseen("pretrain", "mae_cpu_minutes", *recipe(**SHORT, data__path=tmp_path / "tars", data__workers=2))
+    assert not canary.sang
+
+
+@pytest.mark.parametrize("labels", ["cls", "json:label", "none"])
+def test_an_index_of_pickles_in_the_place_of_members_is_refused_or_reads_none(
+    labels: str, canary: Canary, jpeg: bytes, tmp_path: Path
+) -> None:
+    _foreign_tar(canary, jpeg, tmp_path / "tars/train-0.tar", as_pictures=True)
+    arguments = ["data", "index", str(tmp_path / "tars"), "--labels", labels, "--statistics", "--workers", "1"]
+    if labels == "none":
+        assert f"{len(MEMBERS)} pictures cannot be decoded" in _foreseen(*arguments)
+    else:
+        with pytest.raises(BadInput, match="has no label that can be used"):
+            CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert not canary.sang
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
+def test_pickles_that_a_table_or_a_list_names_are_left_out(
+    suffix: str, canary: Canary, jpeg: bytes, tmp_path: Path
+) -> None:
+    names = ["good.jpg"]
+    (tmp_path / "good.jpg").write_bytes(jpeg)
+    for kind, data in canary.members.items():
+        (tmp_path / f"evil.{kind}").write_bytes(data)
+        names.append(f"evil.{kind}")
+    rows = [json.dumps({"path": name}) if suffix == ".jsonl" else name for name in names]
+    head = ["path"] if suffix == ".csv" else []
+    (tmp_path / f"table{suffix}").write_text("\n".join([*head, *rows]) + "\n", encoding="utf-8")
+    said = _foreseen("data", "pack", tmp_path / f"table{suffix}", tmp_path / "set", "--workers", "1")
+    assert f"{len(MEMBERS)} pictures cannot be read and were left out" in said
+    assert not canary.sang
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
+def test_a_pickle_in_the_place_of_a_table_or_a_list_is_refused(suffix: str, canary: Canary, tmp_path: Path) -> None:
+    for payload in (canary.pickled, canary.checkpoint, canary.array):
+        (tmp_path / f"table{suffix}").write_bytes(payload)
+        with pytest.raises(BadInput):
+            TableSource(tmp_path / f"table{suffix}", Columns()).read()
     assert not canary.sang
 
 
