@@ -20,10 +20,9 @@ from foreseen.data.shards import INDEX_ROW, ShardSet, find_split, rows_digest
 from foreseen.data.store import LocalStore, Store
 from foreseen.data.urls import check_url, is_url
 from foreseen.errors import BadInput
-from foreseen.files import expand_home, locked, write_atomically
+from foreseen.files import MAX_JSON_BYTES, expand_home, locked, write_atomically
 from foreseen.masked import masked
 
-_MAX_MANIFEST = 256 << 20  # a million shards take half of it
 _ARRAY_HEAD = 1024  # most bytes of a .npy file before its rows
 
 
@@ -95,7 +94,7 @@ def _fetch_head(url: str, split: str, options: Mapping[str, Any], say: Callable[
 
     remote = RemoteStore(url, options)
     try:
-        content = remote.read_whole(FILE_NAME, _MAX_MANIFEST)
+        content = remote.read_whole(FILE_NAME, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise BadInput(
             f"{remote.place} has no {FILE_NAME}, so it is no packed set: index tars that others made with "

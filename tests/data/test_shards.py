@@ -1,5 +1,7 @@
 """The reader: any sample by number, damage named, and nothing in memory that need not be."""
 
+import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foreseen.data import shards, store
+from foreseen.data import store
 from foreseen.data.index_tars import IndexOptions, index_tars
 from foreseen.data.manifest import Manifest, Shard, Split, read_manifest, write_manifest
 from foreseen.data.shards import INDEX_ROW, CorruptSample, ShardSet
@@ -256,15 +258,15 @@ def test_facts_are_those_of_the_sample_where_the_json_stands_before_the_picture(
     assert behind.name(1) == "\\x1b[2Jof 1"
 
 
-def test_the_limit_of_bytes_is_the_callers_for_the_second_look_too(
-    own_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = ShardSet.open(own_shards, "train")
-    large = int(data.sizes().max())
-    sample = int(data.sizes().argmax())
+def test_the_limit_of_bytes_is_the_callers_for_the_second_look_too(own_shards: Path) -> None:
+    manifest = json.loads((own_shards / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][3]["bytes"] = store.MAX_BYTES * 2
+    (own_shards / "manifest.json").write_text(json.dumps(manifest))
+    os.truncate(own_shards / "train-000003.tar", store.MAX_BYTES * 2)
     index = np.load(own_shards / "train.index.npy")
-    index["crc32"][sample] ^= 1
+    index["size"][36] = store.MAX_BYTES + 1
     np.save(own_shards / "train.index.npy", index)
-    monkeypatch.setattr(shards, "MAX_BYTES", large - 1)
-    with pytest.raises(CorruptSample, match="crc32 differs"):
-        ShardSet.open(own_shards, "train").read(sample, max_bytes=large)
+    with pytest.raises(CorruptSample, match="has changed since it was packed"):
+        ShardSet.open(own_shards, "train").read(36, max_bytes=store.MAX_BYTES * 2)
+    with pytest.raises(CorruptSample, match="more than the 67,108,864 allowed"):
+        ShardSet.open(own_shards, "train").read(36)
