@@ -391,5 +391,5 @@ def test_a_place_of_tars_is_refused_for_pictures_that_are_packed(
     pictures: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
     for path in (pictures, "null"):
-        said = refused("pretrain", *recipe(data__path=path, data__shards_at=tmp_path, **TINY))
+        said = refused("pretrain", "mae_cpu_minutes", *recipe(data__path=path, data__shards_at=tmp_path, **TINY))
         assert f"data.shards_at {tmp_path} says where the tars of a set lie" in said
