@@ -101,7 +101,7 @@ def open_pictures(
         path = expand_home(src)
         manifest = read_manifest(path)
         names = sorted(manifest.splits) if split is None else [split]
-        store = None if shards_at is None else LocalStore(shards_at.expanduser())
+        store = None if shards_at is None else LocalStore(expand_home(shards_at))
         return {name: PackedPictures(ShardSet.open(path, name, store)) for name in names}, manifest
     if shards_at is not None:
         raise BadInput(f"--shards-at is for a set, and {src} is none")

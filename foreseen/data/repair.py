@@ -66,7 +66,7 @@ def repair(
     Raises:
         BadInput: there is nothing whole, or the folder is that of the source or holds other things.
     """
-    folder = Path(src).expanduser()
+    folder = expand_home(src)
     if out.resolve() in {folder.resolve(), None if shards_at is None else shards_at.resolve()}:
         raise BadInput(f"{out} is the source itself: give a new folder")
     if not folder.is_dir():
