@@ -18,7 +18,7 @@ lint: $(VENV)/installed
 
 # The full matrices, by hand: everything but what needs a GPU, and more of the fuzzer.
 proof: $(VENV)/installed
-	FORESEEN_FUZZ=2000 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	FORESEEN_FUZZ=2000 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foreseen needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
