@@ -1,7 +1,7 @@
 """What many tests stand on: a small packed set, and the real Pets archives where they are at hand."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,14 @@ def _draw(number: int, size: int) -> Image.Image:
     ramp = np.linspace(0, 200, size)[None, :, None] * np.ones((size, 1, 1))
     pixels = rng.integers(0, 40, (size, size, 3)) + ramp * np.eye(3)[number % 3]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> Iterator[None]:
+    # A run may choose a faster library for its process (engine/launch.py): the next test's bits must not depend on it.
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")
