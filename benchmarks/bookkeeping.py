@@ -30,6 +30,7 @@ from foreseen.engine.job import Job
 from foreseen.engine.launch import start
 from foreseen.engine.ledger import Ledger
 from foreseen.engine.recorder import FlightRecorder
+from foreseen.engine.saving import save
 from foreseen.engine.trainer import Trainer
 
 
@@ -110,7 +111,7 @@ def measure_checkpoint(job: Job, accelerator: Accelerator) -> tuple[float, float
         trainer.step(step, repeat(batch))
         _wait(accelerator)
         stepped = time.perf_counter()
-        trainer.save(step + 1, None)
+        save(trainer, step + 1, None)
         steps.append(stepped - began)
         saves.append(time.perf_counter() - stepped)
     return statistics.median(steps[1:]), statistics.median(saves[1:])
@@ -134,7 +135,7 @@ def main() -> None:
         job = replace(job, config=config)
         seconds, ratio, share = measure(job, accelerator, args.rounds)
         ledger = measure_ledger(job, accelerator, args.rounds)
-        step, save = measure_checkpoint(job, accelerator)
+        step, saving = measure_checkpoint(job, accelerator)
     print(
         f"{args.recipe} {' '.join(args.overrides)}: {1e3 * seconds:.2f} ms a step of {config.batch.global_size}, "
         f"{torch.get_num_threads()} threads, {accelerator.device}; logged every {config.run.log_every} steps, "
@@ -144,7 +145,7 @@ def main() -> None:
     print(f"  the recorder's own calls: {share:.3%} of a step")
     print(f"  the ledger's own calls: {ledger / seconds:.3%} of a step")
     every = config.run.save_every
-    print(f"  a checkpoint every {every} steps: {save / (every * step):.3%} of these steps")
+    print(f"  a checkpoint every {every} steps: {saving / (every * step):.3%} of these steps")
 
 
 if __name__ == "__main__":
