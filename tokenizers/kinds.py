@@ -1,5 +1,10 @@
 """Every kind of tokenizer that a folder can hold, by its name."""
 
+from foreseen.tokenizers.dvae import DVAE
+from foreseen.tokenizers.fsq import FSQ
 from foreseen.tokenizers.tokenizer import Tokenizer
 
-KINDS: dict[str, type[Tokenizer]] = {}
+KINDS: dict[str, type[Tokenizer]] = {
+    DVAE.kind: DVAE,
+    FSQ.kind: FSQ,
+}

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from foreseen.config import Config, MethodOptions
+from foreseen.tokenizers.dvae import DVAEObjective, DVAEOptions
+from foreseen.tokenizers.fsq import FSQObjective, FSQOptions
 from foreseen.tokenizers.training import TokenizerObjective
 
 
@@ -15,4 +17,7 @@ class Method:
     build: Callable[[Config], TokenizerObjective]
 
 
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, Method] = {
+    "dvae": Method(DVAEOptions, DVAEObjective.build),
+    "fsq": Method(FSQOptions, FSQObjective.build),
+}
