@@ -32,9 +32,14 @@ class CodeCounts:
 
     def close(self) -> None:
         """End a step: sum over all ranks."""
-        if self._running is not None:
-            self._last = all_reduce_sum(self._running)
-        self._running = None
+        assert self._running is not None
+        self._last, self._running = all_reduce_sum(self._running), None
+
+    @property
+    def last(self) -> Tensor:
+        """Counts of the last step's global batch, [K]."""
+        assert self._last is not None
+        return self._last
 
     def health(self) -> dict[str, Tensor]:
         """Share of the codes that the last step's global batch used, and their perplexity."""

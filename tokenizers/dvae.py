@@ -22,20 +22,16 @@ from torch import Tensor
 
 from foreseen.config import Config, MethodOptions
 from foreseen.data.batch import Batch
-from foreseen.data.views import Request, View, configured_view, denormalise
+from foreseen.data.views import View
 from foreseen.device_keys import keyed_uniform
-from foreseen.engine.objective import Progress, all_reduce_sum
+from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
 from foreseen.handoff.weight_files import open_weights
-from foreseen.tokenizers.code_counts import CodeCounts
 from foreseen.tokenizers.dvae_networks import Decoder, Encoder, NetworkOptions
 from foreseen.tokenizers.logit_laplace import MEAN, STD, negative_log_likelihood, pixels_of
+from foreseen.tokenizers.reconstruction import ReconstructionObjective, mapped_view
 from foreseen.tokenizers.tokenizer import Tokenizer
-from foreseen.tokenizers.training import TokenizerObjective
 
-PICTURES = 8
-_FREQUENCY_SHARE = 0.1  # of a step in the running frequency of codes
-_LEAST_FREQUENT = 1e-3  # of what a code would have if all were equally frequent
 _LEAST_UNIFORM = 2.0**-25  # half a step of `keyed_uniform`: log of 0 is not finite
 
 
@@ -90,7 +86,7 @@ class DVAE(Tokenizer):
     def encode(self, images: Tensor) -> Tensor:
         """See Tokenizer."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.logits(images.to(self.encoder.blocks.input.w.dtype)).argmax(dim=1)  # type: ignore[union-attr]
+            return self.logits(images.to(self.encoder.last_bias.dtype)).argmax(dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """See Tokenizer."""
@@ -158,10 +154,10 @@ class DVAEOptions(MethodOptions):
     divergence of a place has the weight 6.6 / 192."""
     kl_steps: int | None = Field(None, ge=1)
     """Steps in which that weight rises from 0, by a cosine; the paper's 5,000. Null takes a tenth of the run."""
-    balance_weight: float = Field(0.0, ge=0)
-    """Weight of the divergence of how often codes come over many pictures to the uniform distribution, in the units of
-    `kl_weight`. The paper has none: at its size the other terms suffice. In minutes on small pictures few codes would
-    be used without it."""
+    balance_rate: float = Field(0.0, ge=0)
+    """Move the bias of each code's logit by so much at each step, up where it is rarer than the mean code, down where
+    it is more frequent, instead of training it; falls to 0 over the run. Small networks that are trained for minutes
+    use few codes without it. 0 trains it, as the paper does."""
     hard: bool = False
     """Give the decoder the one code chosen, with the gradient of the relaxed choice; the paper's is relaxed."""
 
@@ -172,7 +168,7 @@ class DVAEOptions(MethodOptions):
         return self
 
 
-class DVAEObjective(TokenizerObjective):
+class DVAEObjective(ReconstructionObjective):
     """The evidence bound of a relaxed choice of codes.
 
     Args:
@@ -181,15 +177,13 @@ class DVAEObjective(TokenizerObjective):
         view: what it sees of each picture.
     """
 
+    tokenizer: DVAE
+
     def __init__(self, tokenizer: DVAE, options: DVAEOptions, view: View) -> None:
-        super().__init__()
-        self.tokenizer: DVAE = tokenizer
+        super().__init__(tokenizer, view)
         self.options = options
-        self.view = view
-        self.counts = CodeCounts(tokenizer.codebook_size)
-        self.register_buffer("frequency", torch.full((tokenizer.codebook_size,), 1 / tokenizer.codebook_size))
-        self.frequency: Tensor
-        self._chosen: list[Tensor] = []
+        if options.balance_rate:
+            tokenizer.encoder.last_bias.requires_grad_(False)
 
     @classmethod
     def build(cls, config: Config) -> "DVAEObjective":
@@ -198,18 +192,7 @@ class DVAEObjective(TokenizerObjective):
         assert isinstance(options, DVAEOptions)
         size, interpolation = config.views.size, config.views.interpolation
         tokenizer = DVAE(options.codebook_size, size, options.network.model_dump(), interpolation)
-        return cls(tokenizer, options, tokenizer_view(config, tokenizer))
-
-    @property
-    def request(self) -> Request:
-        """One random crop per image."""
-        return Request(views=(self.view,))
-
-    def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> Sequence[Any]:
-        """Begin to count codes."""
-        self.counts.begin()
-        self._chosen.clear()
-        return super().prepare(micro_batches, progress)
+        return cls(tokenizer, options, mapped_view(config, tokenizer))
 
     def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
         """The negative evidence bound, divided by the values of a picture."""
@@ -218,25 +201,9 @@ class DVAEObjective(TokenizerObjective):
         self.counts.add(logits.argmax(dim=1))
         codes = self.relaxed(logits, batch.key, progress)
         reconstruction = negative_log_likelihood(images, self.tokenizer.decoder(codes)).mean()
-        log_q = logits.log_softmax(dim=1)
-        divergence = divergence_to_uniform(log_q).mean()
-        balance = self.balance(log_q)
-        weighted = self.kl_weight(progress) * divergence + self.options.balance_weight * balance
-        loss = reconstruction + divergence_share(self.tokenizer.stride) * weighted
-        return {"loss": loss, "reconstruction": reconstruction, "kl": divergence, "balance": balance}
-
-    def balance(self, log_q: Tensor) -> Tensor:
-        """Divergence of the running frequency of codes to the uniform distribution, as far as these images make it.
-
-        The divergence of a mean over many steps is no mean over images. Its gradient is: that of q · log(K · frequency)
-        at a frequency that is held fixed, which is what this returns, averaged over images and places.
-
-        Args:
-            log_q: log probabilities of codes, [B, K, h, w].
-        """
-        q = log_q.exp().mean(dim=(0, 2, 3))
-        self._chosen.append(q.detach())
-        return q @ (len(q) * self.frequency).log()
+        divergence = divergence_to_uniform(logits).mean()
+        loss = reconstruction + self.kl_weight(progress) * divergence_share(self.tokenizer.stride) * divergence
+        return {"loss": loss, "reconstruction": reconstruction, "kl": divergence}
 
     def relaxed(self, logits: Tensor, key: Tensor, progress: Progress) -> Tensor:
         """Weights of codes, drawn from the Gumbel-softmax distribution, [B, K, h, w] -> [B, K, h, w].
@@ -264,50 +231,25 @@ class DVAEObjective(TokenizerObjective):
         return cosine(progress.step, steps, 0.0, self.options.kl_weight)
 
     def after_step(self, progress: Progress, finite: Tensor) -> None:
-        """End the count of codes, and move their running frequency."""
-        self.counts.close()
-        chosen = all_reduce_sum(torch.stack(self._chosen).sum(dim=0)) / progress.shares
-        moved = self.frequency.lerp(chosen.clamp(min=_LEAST_FREQUENT / len(chosen)), _FREQUENCY_SHARE)
-        self.frequency.copy_(torch.where(finite, moved, self.frequency))
+        """End the count of codes, and move the biases of their logits, if they are balanced.
 
-    def health(self) -> dict[str, Tensor]:
-        """Share of codes used in the last global batch, and their perplexity; the codes are those of `encode`."""
-        return self.counts.health()
-
-    def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Original and reconstruction from hard codes, side by side."""
-        return reconstructions(self.tokenizer, batch.images["image"])
+        Source: Wang et al. 2024, arXiv:2408.15664, where the choice is among experts.
+        """
+        super().after_step(progress, finite)
+        if self.options.balance_rate:
+            counts, bias = self.counts.last, self.tokenizer.encoder.last_bias
+            way = self.options.balance_rate * (1 - progress.fraction) * (counts.mean() - counts).sign()
+            bias.add_(torch.where(finite, way.to(bias.dtype), 0.0))
 
 
-def tokenizer_view(config: Config, tokenizer: Tokenizer) -> View:
-    """The random crop that a recipe's `views` asks for, mapped as the likelihood wants it.
-
-    Raises:
-        BadInput: the recipe normalises in a way of its own.
-    """
-    if config.views.mean is not None or config.views.std is not None:
-        raise BadInput(
-            f"views.mean and views.std must be null: the likelihood of {config.method.name} is of pixels x mapped to "
-            "0.8 x + 0.1"
-        )
-    return configured_view(config.views, tokenizer.mean, tokenizer.std)
-
-
-def reconstructions(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:
-    """Pictures to show: original and reconstruction of normalised images [B, 3, H, W], side by side."""
-    images = images[:PICTURES]
-    made = (tokenizer.decode(tokenizer.encode(images)) * 255.0).round().to(torch.uint8)
-    original = denormalise(images, tokenizer.mean, tokenizer.std)
-    return {"original, reconstruction": torch.cat([original, made], dim=3)}
-
-
-def divergence_to_uniform(log_q: Tensor) -> Tensor:
+def divergence_to_uniform(logits: Tensor) -> Tensor:
     """KL(q || uniform) = log K - entropy of the codes of each place, in nats, [B, K, h, w] -> [B, h, w].
 
     BEiT's own small dVAE sums it over batch and places where it means to average (`batchmean` of a tensor whose first
     dimension is 1), so that its weight grows with the batch; here it is of each place, and the caller averages.
     """
-    return math.log(log_q.shape[1]) + (log_q.exp() * log_q).sum(dim=1)
+    log_q = logits.log_softmax(dim=1)
+    return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(dim=1)
 
 
 def divergence_share(stride: tuple[int, int]) -> float:

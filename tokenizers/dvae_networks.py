@@ -1,12 +1,13 @@
 """The encoder and the decoder of DALL·E's discrete VAE, at any width, depth and number of groups.
 
 Ramesh et al. 2021, arXiv:2102.12092, appendix A; names of weights, gains, pooling and initial weights are those of
-openai/DALL-E at 5be4b23, dall_e/encoder.py and decoder.py, whose numbers they reproduce (tests/tokenizers/test_dvae.py).
+openai/DALL-E at 5be4b23, dall_e/encoder.py and decoder.py, whose numbers these reproduce.
 
 Letters: G groups, N blocks in each, F channels of the first group; group g has F·2^(g-1).
 """
 
 from collections import OrderedDict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from foreseen.config import Section
+from foreseen.engine.objective import all_reduce_sum
+
+_LATEST_SHARE = 0.1  # of a step in the running statistics
+_EPS = 1e-5
 
 
 class NetworkOptions(Section):
@@ -31,6 +36,10 @@ class NetworkOptions(Section):
     residual_gain: float | None = Field(None, gt=0)
     """What each block's branch is multiplied by; null takes DALL·E's 1 / (groups · blocks)². Small networks that are
     trained for minutes need more."""
+
+    standardise: bool = False
+    """Bring the encoder's last features to mean 0 and variance 1 by running statistics. DALL·E has no such layer; small
+    networks that are trained for minutes use few codes without it, since one direction (brightness) is the largest."""
 
     @property
     def stride(self) -> int:
@@ -90,12 +99,58 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, outputs, H, W]."""
-        return self.id_path(x) + self.gain * self.res_path(x)
+        return self.id_path(x) + self.gain * self.res_path(x)  # type: ignore[no-any-return]
+
+
+class Standardise(nn.Module):
+    """Brings each channel to mean 0 and variance 1 by running statistics of the global batch.
+
+    Unlike BatchNorm's, the statistics that training applies are those of the steps before, so that what comes out for
+    an image does not depend on the images beside it. The owner calls `begin`, forwards, and `move`, once per step.
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+        self.mean: Tensor
+        self.variance: Tensor
+        self._sums: Tensor | None = None
+
+    def begin(self) -> None:
+        """Forget what came since the last step ended."""
+        self._sums = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w] in float32 at least."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.training:
+            with torch.no_grad():
+                places = x.new_tensor([x.numel() / x.shape[1]])
+                sums = torch.cat([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3)), places])
+                self._sums = sums if self._sums is None else self._sums + sums
+        return (x - self.mean.view(-1, 1, 1)) * (self.variance + _EPS).rsqrt().view(-1, 1, 1)
+
+    def move(self, step: int, finite: Tensor) -> None:
+        """Move the running statistics towards those of the step, over all ranks.
+
+        Args:
+            step: from 0; the first ones count more.
+            finite: boolean scalar on the device; where False nothing moves.
+        """
+        assert self._sums is not None
+        sums, self._sums = all_reduce_sum(self._sums), None
+        mean, square = (sums[:-1] / sums[-1]).chunk(2)
+        share = max(_LATEST_SHARE, 1 / (1 + step))
+        for old, new in ((self.mean, mean), (self.variance, (square - mean.square()).clamp(min=0))):
+            old.copy_(torch.where(finite, old.lerp(new, share), old))
 
 
 def _group(widths: list[int], kernels: tuple[int, int, int, int], gain: float, **end: nn.Module) -> nn.Sequential:
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    blocks = {f"block_{number}": Block(*pair, kernels, gain) for number, pair in enumerate(pairs, 1)}
+    blocks = {f"block_{number}": Block(*pair, kernels, gain) for number, pair in enumerate(pairwise(widths), 1)}
     return nn.Sequential(OrderedDict[str, nn.Module](**blocks, **end))
 
 
@@ -117,9 +172,15 @@ class Encoder(nn.Module):
             widths = [before, *[width] * options.blocks]
             layers[f"group_{number}"] = _group(widths, (3, 3, 3, 1), options.gain, **pool)
             before, width = width, 2 * width
-        output = {"relu": nn.ReLU(), "conv": Conv(before, outputs, 1, in_float32=True)}
-        layers["output"] = nn.Sequential(OrderedDict[str, nn.Module](output))
+        standard = {"standardise": Standardise(before)} if options.standardise else {}
+        last = Conv(before, outputs, 1, in_float32=True)
+        layers["output"] = nn.Sequential(OrderedDict[str, nn.Module](relu=nn.ReLU(), **standard, conv=last))
         self.blocks = nn.Sequential(OrderedDict(layers))
+
+    @property
+    def last_bias(self) -> nn.Parameter:
+        """Of what comes out, [outputs]."""
+        return self.blocks.output.conv.b  # type: ignore[union-attr,return-value]
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images, [B, 3, H, W] -> [B, outputs, h, w]."""

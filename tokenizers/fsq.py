@@ -12,20 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from foreseen.config import Config, MethodOptions
 from foreseen.data.batch import Batch
-from foreseen.data.views import Request, View
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
-from foreseen.tokenizers.code_counts import CodeCounts
-from foreseen.tokenizers.dvae import reconstructions, tokenizer_view
 from foreseen.tokenizers.dvae_networks import Decoder, Encoder, NetworkOptions
 from foreseen.tokenizers.logit_laplace import MEAN, STD, negative_log_likelihood, pixels_of
+from foreseen.tokenizers.reconstruction import ReconstructionObjective, mapped_view
 from foreseen.tokenizers.tokenizer import Tokenizer
-from foreseen.tokenizers.training import TokenizerObjective
 
 _MARGIN = 1e-3  # the paper's: the outermost levels are reached by finite numbers
 
@@ -156,7 +153,7 @@ class FSQOptions(MethodOptions):
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """Of each number of a place. The paper's, by codes: [8, 6, 5] 240, [8, 8, 8] 512, [8, 5, 5, 5] 1000,
     [7, 5, 5, 5, 5] 4375, [8, 8, 8, 6, 5] 15,360."""
-    network: NetworkOptions = Field(default=NetworkOptions())
+    network: NetworkOptions = NetworkOptions()
 
     @model_validator(mode="after")
     def _levels_are_some(self) -> "FSQOptions":
@@ -164,21 +161,15 @@ class FSQOptions(MethodOptions):
         return self
 
 
-class FSQObjective(TokenizerObjective):
+class FSQObjective(ReconstructionObjective):
     """The likelihood of pixels given rounded numbers; nothing else is needed.
 
     Args:
         tokenizer: to train.
-        options: of the method.
         view: what it sees of each picture.
     """
 
-    def __init__(self, tokenizer: FSQ, options: FSQOptions, view: View) -> None:
-        super().__init__()
-        self.tokenizer: FSQ = tokenizer
-        self.options = options
-        self.view = view
-        self.counts = CodeCounts(tokenizer.codebook_size)
+    tokenizer: FSQ
 
     @classmethod
     def build(cls, config: Config) -> "FSQObjective":
@@ -186,17 +177,7 @@ class FSQObjective(TokenizerObjective):
         options = config.method
         assert isinstance(options, FSQOptions)
         tokenizer = FSQ(options.levels, config.views.size, options.network.model_dump(), config.views.interpolation)
-        return cls(tokenizer, options, tokenizer_view(config, tokenizer))
-
-    @property
-    def request(self) -> Request:
-        """One random crop per image."""
-        return Request(views=(self.view,))
-
-    def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> Sequence[Any]:
-        """Begin to count codes."""
-        self.counts.begin()
-        return super().prepare(micro_batches, progress)
+        return cls(tokenizer, mapped_view(config, tokenizer))
 
     def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
         """The mean negative log likelihood of a value."""
@@ -204,15 +185,3 @@ class FSQObjective(TokenizerObjective):
         quantised = self.tokenizer.quantised(images)
         self.counts.add(self.tokenizer.levels.codes(quantised.detach()))
         return {"loss": negative_log_likelihood(images, self.tokenizer.decoder(quantised)).mean()}
-
-    def after_step(self, progress: Progress, finite: Tensor) -> None:
-        """End the count of codes."""
-        self.counts.close()
-
-    def health(self) -> dict[str, Tensor]:
-        """Share of codes used in the last global batch, and their perplexity."""
-        return self.counts.health()
-
-    def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """Original and reconstruction, side by side."""
-        return reconstructions(self.tokenizer, batch.images["image"])

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-
 from foreseen.commands.verbs import load_recipe
 from foreseen.data.batch import Batch
 from foreseen.device_keys import keyed_uniform
@@ -31,7 +30,7 @@ NETWORK = {"groups": 3, "blocks": 1, "width": 8, "decoder_input": 8, "residual_g
 def _small(**more: Any) -> DVAEObjective:
     torch.manual_seed(0)
     overrides = {
-        "run.dir": "none", "views.size": 16, "method.codebook_size": 24, "method.balance_weight": 5.0,
+        "run.dir": "none", "views.size": 16, "method.codebook_size": 24, "method.balance_rate": 0.1,
         "method.network": "{groups: 3, blocks: 1, width: 8, decoder_input: 8, residual_gain: 0.5}",
         **{key.replace("__", "."): value for key, value in more.items()},
     }  # fmt: skip
@@ -107,7 +106,7 @@ def test_the_likelihood_is_a_density() -> None:
 
 
 def test_the_loss_is_the_evidence_bound_of_a_picture_divided_by_its_values() -> None:
-    objective = _small(method__kl_steps=1, method__balance_weight=0).double()
+    objective = _small(method__kl_steps=1).double()
     batch = _batch(objective)
     out = objective(batch, None, PROGRESS)
     images = batch.images["image"]
@@ -198,32 +197,33 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
         assert float((up - down) / (2 * step)) == pytest.approx(float((parameter.grad * direction).sum()), rel=1e-5)
 
 
-def test_balance_has_the_gradient_of_the_divergence_of_the_running_frequency() -> None:
-    objective = _small().double()
-    logits = torch.randn(3, 24, 2, 2, dtype=torch.float64, requires_grad=True)
-    objective.frequency.copy_(logits.detach().softmax(dim=1).mean(dim=(0, 2, 3)))
-    (ours,) = torch.autograd.grad(objective.balance(logits.log_softmax(dim=1)), logits)
-    mean = logits.softmax(dim=1).mean(dim=(0, 2, 3))
-    (wanted,) = torch.autograd.grad((mean * (24 * mean).log()).sum(), logits)
-    torch.testing.assert_close(ours, wanted)
-
-
 @pytest.mark.parametrize("finite", [True, False])
-def test_the_running_frequency_moves_once_in_a_finite_step(finite: bool) -> None:
+def test_balancing_moves_each_bias_against_how_often_its_code_came(finite: bool) -> None:
     objective = _small().double()
-    batch, before = _batch(objective), objective.frequency.clone()
-    progress = Progress(0, 20, 5.0, 0, micro_batches=2)
+    batch, bias = _batch(objective), objective.tokenizer.encoder.last_bias
+    before = bias.detach().clone()
+    progress = Progress(10, 20, 5.0, 0, micro_batches=2)
     objective.prepare([batch, batch], progress)
     for _ in range(2):
-        objective(batch, None, progress)
-    assert torch.equal(objective.frequency, before)
-    objective.after_step(progress, torch.tensor(finite))
-    q = objective.tokenizer.logits(batch.images["image"]).softmax(dim=1).mean(dim=(0, 2, 3))
-    torch.testing.assert_close(objective.frequency, before.lerp(q, 0.1) if finite else before)
+        objective(batch, None, progress)["loss"].backward()
+    assert torch.equal(bias, before)
+    with torch.no_grad():
+        objective.after_step(progress, torch.tensor(finite))
+    assert bias.grad is None
+    moved = bias.detach() - before
+    bias.data.copy_(before)
+    counts = objective.tokenizer.encode(batch.images["image"]).flatten().bincount(minlength=24)
+    way = torch.where(counts < counts.double().mean(), 0.05, -0.05).double()  # half of 0.1: half of the run is over
+    torch.testing.assert_close(moved, way if finite else torch.zeros_like(way))
+
+
+def test_without_balancing_the_bias_is_trained() -> None:
+    assert _small(method__balance_rate=0).tokenizer.encoder.last_bias.requires_grad
+    assert not _small().tokenizer.encoder.last_bias.requires_grad
 
 
 def test_health_counts_the_codes_of_the_whole_step() -> None:
-    objective = _small().double()
+    objective = _small(method__balance_rate=0).double()
     batch = _batch(objective)
     assert objective.health() == {}
     progress = Progress(0, 20, 5.0, 0, micro_batches=2)
@@ -284,5 +284,3 @@ def test_bad_options_are_a_sentence(override: str, sentence: str) -> None:
     key, value = override.split("=", 1)
     with pytest.raises(BadInput, match=sentence):
         _small(**{key.replace(".", "__"): value})
-
-
