@@ -8,7 +8,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Frozen(nn.Module, Generic[Network]):
-    """Holds a network still: it moves with `.to(...)`, has no gradient, stays as in evaluation, and is in no checkpoint.
+    """Holds a network still: it moves with `.to(...)`, is not trained, stays as in evaluation, is in no checkpoint.
 
     Its weights lie in a folder of their own, whose checksum an objective names in `frozen_inputs`. Saving it with every
     checkpoint would only take room; loading a checkpoint leaves it as it is.
