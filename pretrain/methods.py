@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from foreseen.config import Config, MethodOptions
 from foreseen.engine.objective import Objective
+from foreseen.pretrain.beit import BEiT, BEiTOptions
 from foreseen.pretrain.mae import MAE, MAEOptions
 from foreseen.tokenizers.looking import Cut
 
@@ -27,4 +28,5 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "mae": Method(MAEOptions, MAE.build),
+    "beit": Method(BEiTOptions, BEiT.build),
 }

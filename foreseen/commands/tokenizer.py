@@ -48,7 +48,8 @@ def run(config: "Config") -> "Outcome":
                 say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
             else:
                 folder = config.run.dir / "tokenizer"
-                lineage = describe_lineage(config, pictures, outcome.step, outcome.parents)
+                frozen_inputs = job.objective.frozen_inputs()
+                lineage = describe_lineage(config, pictures, outcome.step, outcome.parents, frozen_inputs)
                 tokenizer = job.objective.tokenizer.eval()
                 cut = partial(BatchBuilder.configured, pictures, config=config)
                 workers, device = config.data.workers, accelerator.device
