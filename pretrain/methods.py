@@ -9,6 +9,7 @@ from foreseen.config import Config, MethodOptions
 from foreseen.engine.objective import Objective
 from foreseen.pretrain.beit import BEiT, BEiTOptions
 from foreseen.pretrain.mae import MAE, MAEOptions
+from foreseen.pretrain.tokenizer_choice import choose_tokenizer
 from foreseen.tokenizers.looking import Cut
 
 
@@ -28,5 +29,5 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "mae": Method(MAEOptions, MAE.build),
-    "beit": Method(BEiTOptions, BEiT.build),
+    "beit": Method(BEiTOptions, BEiT.build, choose_tokenizer),
 }

@@ -23,7 +23,7 @@ from foreseen.models.backbone import patch_grid
 from foreseen.tokenizers.folder import TokenizerFolder, load_tokenizer, save_tokenizer
 from foreseen.tokenizers.health import Health, measure_health, refuse_unused
 from foreseen.tokenizers.looking import Cut
-from foreseen.tokenizers.pixel_clusters import fit_pixel_clusters
+from foreseen.tokenizers.pixel_clusters import PixelClusters, fit_pixel_clusters
 
 
 class ClusterOptions(Section):
@@ -63,6 +63,22 @@ def choose_tokenizer(config: Config, cut: Cut, accelerator: Accelerator) -> Conf
         accelerator.print(sentence)
     method = _options(config).model_copy(update={"tokenizer": str(_folder_of(config))})
     return config.model_copy(update={"method": method})
+
+
+def chosen_tokenizer(config: Config) -> TokenizerFolder:
+    """The tokenizer that a config names, once `choose_tokenizer` has made it ready.
+
+    On the meta device, where a network is built only to be counted, pixel clusters stand in for one that is not there.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    folder, options = _folder_of(config), _options(config).pixel_clusters
+    if torch.get_default_device().type == "meta" and not folder.exists():
+        patch = options.patch
+        return TokenizerFolder(folder, PixelClusters(options.clusters, patch, (patch, patch)), "", {}, {})
+    with torch.device("cpu"):
+        return load_tokenizer(folder)
 
 
 def _options(config: Config) -> TokenizedOptions:
