@@ -2,9 +2,11 @@
 
 from foreseen.tokenizers.dvae import DVAE
 from foreseen.tokenizers.fsq import FSQ
+from foreseen.tokenizers.pixel_clusters import PixelClusters
 from foreseen.tokenizers.tokenizer import Tokenizer
 
 KINDS: dict[str, type[Tokenizer]] = {
+    PixelClusters.kind: PixelClusters,
     DVAE.kind: DVAE,
     FSQ.kind: FSQ,
 }

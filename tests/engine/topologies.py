@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from foreseen.commands.verbs import VERBS, Verb, command_of, load_recipe, method_options
 from foreseen.config import Config, recipe_names
+from foreseen.data.loader import BatchBuilder
+from foreseen.data.shards import ShardSet
+from foreseen.pretrain.methods import METHODS
+from tests.small_methods import small_method
 
 if TYPE_CHECKING:
     from tests.engine.driver import History
@@ -68,9 +73,17 @@ def config_of(verb: Verb, method: str, shards: Path, folder: Path, topology: Top
         f"data.workers={topology.workers}", f"compute.precision={topology.precision}",
     ]  # fmt: skip
     overrides = [*_SMALL, *_HARDER[verb], *own]
-    if method == "mae":
-        overrides.append("method.decoder={embed_dim: 32, depth: 1, num_heads: 2}")
+    overrides += [f"{key}={value}" for key, value in small_method(load_recipe(verb, recipes[0])).items()]
     return load_recipe(verb, recipes[0], overrides)
+
+
+def made_ready(verb: Verb, config: Config, shards: ShardSet) -> Config:
+    """The config with what the method needs before its objective is built, as its command makes it."""
+    ready = METHODS[config.method.name].ready if verb == "pretrain" else None
+    if ready is None:
+        return config
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    return ready(config, lambda request: BatchBuilder.configured(shards, request, config), Accelerator(cpu=True))
 
 
 def run(verb: Verb, config: Config) -> None:
