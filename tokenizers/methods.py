@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from foreseen.config import Config, MethodOptions
 from foreseen.tokenizers.training import TokenizerObjective
+from foreseen.tokenizers.vqkd_training import VQKDObjective, VQKDOptions
 
 
 @dataclass(frozen=True)
@@ -15,4 +16,4 @@ class Method:
     build: Callable[[Config], TokenizerObjective]
 
 
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, Method] = {"vqkd": Method(VQKDOptions, VQKDObjective.build)}
