@@ -42,7 +42,7 @@ class CodebookEMA(nn.Module):
     Attributes:
         hits: moving average of how often each code comes in a step, [K].
         unused_steps: steps since each code was hit last, [K] int64.
-        started: whether k-means is done, boolean scalar.
+        started: 1 once k-means is done, int64 scalar.
     """
 
     hits: Tensor
@@ -55,7 +55,7 @@ class CodebookEMA(nn.Module):
         self.kmeans_iterations, self.revive_after = kmeans_iterations, revive_after
         self.register_buffer("hits", torch.zeros(codebook_size))
         self.register_buffer("unused_steps", torch.full((codebook_size,), _NEVER))
-        self.register_buffer("started", torch.tensor(kmeans_iterations == 0))
+        self.register_buffer("started", torch.tensor(int(kmeans_iterations == 0)))
         self.begin()
 
     def begin(self) -> None:
@@ -93,18 +93,19 @@ class CodebookEMA(nn.Module):
         sums, count = total[:, :-1], total[:, -1]
         hit = count > 0
         old = codebook.weight
-        moved = F.normalize(self.decay * old + (1 - self.decay) * F.normalize(sums, dim=-1), dim=-1)
-        new = torch.where(hit[:, None], moved, old)
+        towards = torch.where(hit[:, None], F.normalize(sums, dim=-1), old)
+        new = F.normalize(self.decay * old + (1 - self.decay) * towards, dim=-1)
         hits = self.decay * self.hits + (1 - self.decay) * count
         unused = torch.where(hit, 0, self.unused_steps + 1)
         if self._revives(step):
             assert self.revive_after is not None
             new = self._revived(new, unused >= self.revive_after)
         if self._starts(step):  # the counts of codes that k-means replaces say nothing
-            new = torch.where(self.started, new, self._centres(old))
-            hits = torch.where(self.started, hits, self.hits)
-            unused = torch.where(self.started, unused, self.unused_steps)
-            self.started.logical_or_(finite)
+            started = self.started.bool()
+            new = torch.where(started, new, self._centres(old))
+            hits = torch.where(started, hits, self.hits)
+            unused = torch.where(started, unused, self.unused_steps)
+            self.started.copy_(started | finite)
         for state, value in ((codebook.weight, new), (self.hits, hits), (self.unused_steps, unused)):
             state.copy_(torch.where(finite, value, state))
         self.begin()

@@ -59,7 +59,7 @@ class Codebook(nn.Module):
 def nearest(unit: Tensor, codes: Tensor) -> Tensor:
     """The nearest code of each token by angle, which on the sphere is that by distance: [..., D], [K, D] -> [...]."""
     rows = unit.reshape(-1, unit.shape[-1])
-    found = [(part @ codes.T).argmax(dim=-1) for part in rows.split(_ROWS)]
+    found = [(part @ codes.T).argmax(dim=-1) for part in torch.split(rows, _ROWS)]
     return torch.cat(found).view(unit.shape[:-1])
 
 

@@ -44,8 +44,9 @@ def load_teacher(source: str | None, *, grid: tuple[int, int], crop: tuple[int, 
 class Teacher(nn.Module):
     """A frozen timm model and the features that it has for each code; no part of any checkpoint.
 
-    A model with a grid of patches sees images at the size at which that is the grid of codes, with its position table
-    resampled. One without, or that cannot change its size, has its features interpolated.
+    A model with one grid of patches sees images at the size at which that is the grid of codes, with its position table
+    resampled. One that has other grids sees the tokenizer's size, or its own where it takes no other, and its features
+    are interpolated.
 
     Args:
         encoder: as it was saved.
@@ -68,7 +69,7 @@ class Teacher(nn.Module):
         self.mean, self.std = encoder.preprocessing.mean, encoder.preprocessing.std
         own = encoder.preprocessing.size
         self.size, own_grid = self._fit(own, crop)
-        self.register_load_state_dict_pre_hook(_give_own_weights)
+        self.register_load_state_dict_pre_hook(_give_own_weights)  # type: ignore[no-untyped-call]
         self.note = _note(encoder.parent["source"], own, self.size, own_grid, grid, self.mean, self.std)
 
     def _fit(self, own: tuple[int, int], crop: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -80,7 +81,7 @@ class Teacher(nn.Module):
         now = own
         for size in dict.fromkeys((wished, crop, own)):
             try:
-                if size != now and hasattr(self.model, "set_input_size"):
+                if size != now and has_patches and hasattr(self.model, "set_input_size"):
                     self.model.set_input_size(img_size=size)
                     now = size
                 with torch.no_grad():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ class VQKD(Tokenizer):
         weight = self.codebook.weight
         with torch.autocast(images.device.type, enabled=False):
             tokens = self.tokens(images.to(weight.dtype))
-            return nearest(nn.functional.normalize(tokens, dim=-1), weight).unflatten(1, (rows, columns))
+            return nearest(F.normalize(tokens, dim=-1), weight).view(-1, rows, columns)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of codes; its position table ties it to the size that it was trained at."""
@@ -118,8 +119,8 @@ def patch_tokens(vit: VisionTransformer, images: Tensor) -> Tensor:
 
 def task_layer(width: int, out: int) -> nn.Sequential:
     """Linear, tanh, linear, as the authors put it behind the encoder and behind the decoder."""
-    layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out))
-    for part in (layer[0], layer[2]):
-        nn.init.trunc_normal_(part.weight, std=0.02)
-        nn.init.zeros_(part.bias)
-    return layer
+    first, last = nn.Linear(width, width), nn.Linear(width, out)
+    for layer in (first, last):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(first, nn.Tanh(), last)

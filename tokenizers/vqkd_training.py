@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from foreseen.config import Config, MethodOptions, Section
 from foreseen.data.batch import Batch
@@ -161,7 +161,8 @@ class VQKDObjective(TokenizerObjective):
 
     def decode(self, values: Tensor) -> Tensor:
         """Features of the teacher from codes' vectors, [B, L, code_dim] -> [B, L, D], in float32 at least."""
-        predicted = self.decode_task_layer(patch_tokens(self.decoder, values.transpose(1, 2).unflatten(2, self.grid)))
+        code_map = values.transpose(1, 2).reshape(len(values), -1, *self.grid)
+        predicted = self.decode_task_layer(patch_tokens(self.decoder, code_map))
         return predicted.to(torch.promote_types(predicted.dtype, torch.float32))  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -222,10 +223,10 @@ def _decoder(tokenizer: VQKD, options: DecoderOptions, grid: tuple[int, int]) ->
 
 def rescale_residuals(vit: VisionTransformer) -> None:
     """Divide what block l, counted from 1, adds to its tokens by sqrt(2 l), as BEiT's models begin."""
+    block: Any
     with torch.no_grad():
         for number, block in enumerate(vit.blocks, start=1):
             for layer in (block.attn.proj, block.mlp.fc2):
-                assert isinstance(layer, nn.Linear)
                 layer.weight.div_((2.0 * number) ** 0.5)
 
 
@@ -274,7 +275,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed["codebook_ema.hits"] = value
             renamed["codebook_ema.unused_steps"] = torch.zeros(len(value), dtype=torch.int64)
         elif name == "quantize.embedding.initted":
-            renamed["codebook_ema.started"] = value.bool().squeeze(0)
+            renamed["codebook_ema.started"] = value.long().squeeze(0)
         elif name not in ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg") and not part.startswith(
             ("loss", "teacher", "scaling")
         ):  # two tables that their own code never reads, and what they delete themselves before use
