@@ -1,6 +1,10 @@
 """Every kind of tokenizer that a folder can hold, by its name."""
 
+from foreseen.tokenizers.pixel_clusters import PixelClusters
 from foreseen.tokenizers.tokenizer import Tokenizer
 from foreseen.tokenizers.vqkd import VQKD
 
-KINDS: dict[str, type[Tokenizer]] = {"vqkd": VQKD}
+KINDS: dict[str, type[Tokenizer]] = {
+    PixelClusters.kind: PixelClusters,
+    VQKD.kind: VQKD,
+}

@@ -3,7 +3,6 @@
 Letters: B images, H and W pixels, h and w codes, D the teacher's width.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from foreseen.errors import BadInput
 from foreseen.handoff.encoder import PUBLIC
 from foreseen.handoff.frozen import FrozenEncoder, frozen_encoder
 from foreseen.models.backbone import patch_size
+from foreseen.models.frozen import Frozen
 
 _HOW = (
     "train one without labels, such as by `foreseen pretrain mae_cpu_minutes`, and give its folder: "
@@ -41,8 +41,8 @@ def load_teacher(source: str | None, *, grid: tuple[int, int], crop: tuple[int, 
     return Teacher(encoder, grid=grid, crop=crop)
 
 
-class Teacher(nn.Module):
-    """A frozen timm model and the features that it has for each code; no part of any checkpoint.
+class Teacher(Frozen[Any]):
+    """A frozen timm model and the features that it has for each code.
 
     A model with one grid of patches sees images at the size at which that is the grid of codes, with its position table
     resampled. One that has other grids sees the tokenizer's size, or its own where it takes no other, and its features
@@ -61,28 +61,26 @@ class Teacher(nn.Module):
     """
 
     def __init__(self, encoder: FrozenEncoder, *, grid: tuple[int, int], crop: tuple[int, int]) -> None:
-        super().__init__()
-        self.model: Any = encoder.model
+        super().__init__(encoder.model)
         self.grid = grid
         self.parent = encoder.parent
         self.sha256 = encoder.sha256
         self.mean, self.std = encoder.preprocessing.mean, encoder.preprocessing.std
         own = encoder.preprocessing.size
         self.size, own_grid = self._fit(own, crop)
-        self.register_load_state_dict_pre_hook(_give_own_weights)  # type: ignore[no-untyped-call]
         self.note = _note(encoder.parent["source"], own, self.size, own_grid, grid, self.mean, self.std)
 
     def _fit(self, own: tuple[int, int], crop: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """The size to see images at, and the grid of features there; the first of some that the model can take."""
-        patch = patch_size(self.model)
-        has_patches = patch is not None and len(getattr(self.model, "blocks", ())) > 0  # else its map is coarser
+        patch = patch_size(self.network)
+        has_patches = patch is not None and len(getattr(self.network, "blocks", ())) > 0  # else its map is coarser
         wished = (self.grid[0] * patch[0], self.grid[1] * patch[1]) if patch is not None and has_patches else crop
         problem: Exception | None = None
         now = own
         for size in dict.fromkeys((wished, crop, own)):
             try:
-                if size != now and has_patches and hasattr(self.model, "set_input_size"):
-                    self.model.set_input_size(img_size=size)
+                if size != now and has_patches and hasattr(self.network, "set_input_size"):
+                    self.network.set_input_size(img_size=size)
                     now = size
                 with torch.no_grad():
                     features = self._features(torch.zeros(1, len(self.mean), *size))
@@ -107,30 +105,19 @@ class Teacher(nn.Module):
 
     def _features(self, images: Tensor) -> Tensor:
         """A map [B, D, rows, columns] after the model's own norm; prefix tokens are no places."""
-        found = self.model.forward_features(images)
+        found = self.network.forward_features(images)
         if found.ndim == 4:
-            if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            if getattr(self.network, "output_fmt", "NCHW") == "NHWC":
                 return found.permute(0, 3, 1, 2)  # type: ignore[no-any-return]
-            norm = getattr(getattr(self.model, "head", None), "norm", None)  # ConvNeXt's, which is of maps
+            norm = getattr(getattr(self.network, "head", None), "norm", None)  # ConvNeXt's, which is of maps
             return found if norm is None else norm(found)  # type: ignore[no-any-return]
-        patch = patch_size(self.model)
+        patch = patch_size(self.network)
         if found.ndim != 3 or patch is None:
             raise ValueError(f"it gives a tensor of {found.ndim} dimensions")
-        norm = getattr(self.model, "fc_norm", None) or nn.Identity()
-        tokens = norm(found[:, getattr(self.model, "num_prefix_tokens", 1) :])
+        norm = getattr(self.network, "fc_norm", None) or nn.Identity()
+        tokens = norm(found[:, getattr(self.network, "num_prefix_tokens", 1) :])
         rows, columns = images.shape[2] // patch[0], images.shape[3] // patch[1]
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))  # type: ignore[no-any-return]
-
-    def state_dict(self, *args: Any, destination: Any = None, **more: Any) -> Any:
-        """Nothing: its weights are those of its source, whose checksum is kept instead."""
-        return {} if destination is None else destination
-
-
-def _give_own_weights(teacher: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Let a checkpoint without the teacher's weights load strictly."""
-    assert isinstance(teacher, Teacher)
-    own: Mapping[str, Tensor] = teacher.model.state_dict(prefix=f"{prefix}model.")
-    state.update(own)
 
 
 def _note(

@@ -184,9 +184,9 @@ def test_the_teacher_is_no_part_of_a_checkpoint_and_loading_one_leaves_it_alone(
     objective = _small(teacher)
     state = objective.state_dict()
     assert not any("teacher" in name for name in state)
-    before = {name: value.clone() for name, value in objective.teacher.model.state_dict().items()}
+    before = {name: value.clone() for name, value in objective.teacher.network.state_dict().items()}
     objective.load_state_dict(state)
-    after = objective.teacher.model.state_dict()
+    after = objective.teacher.network.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert objective.frozen_inputs() == {"teacher": objective.parents()[0]["weights_sha256"]}
@@ -198,7 +198,7 @@ def test_the_teacher_sees_the_same_pixels_normalised_as_it_is_used_to(teacher: P
     key = torch.arange(2)
     batch = Batch(key, key, key, {"image": objective.tokenizer.normalised(pixels)})
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in ((0.4, 0.45, 0.5), (0.2, 0.25, 0.3)))
-    model = load_teacher(str(teacher), grid=(4, 4), crop=(32, 32)).model
+    model = load_teacher(str(teacher), grid=(4, 4), crop=(32, 32)).network
     expected = model.forward_features((pixels - mean) / std)[:, 1:]
     torch.testing.assert_close(objective.targets(batch), expected, rtol=1e-4, atol=1e-5)
 
