@@ -61,7 +61,7 @@ class VQKDOptions(MethodOptions):
     """What a code keeps of itself in a step in which it was hit."""
     kmeans_iterations: int = Field(10, ge=0)
     """Iterations of k-means over the first global batch, which is where the codes begin; 0 leaves them random."""
-    revive_after: int | None = Field(100, ge=1)
+    revive_after: int | None = Field(20, ge=1)
     """Every so many steps, codes that were not hit within as many are put on tokens of the batch; null never does."""
     decoder: DecoderOptions = DecoderOptions()
 
