@@ -78,6 +78,8 @@ class VQKDObjective(TokenizerObjective):
     """
 
     tokenizer: VQKD
+    _scale: Tensor
+    _shift: Tensor
 
     def __init__(
         self, tokenizer: VQKD, teacher: Teacher, options: VQKDOptions, view: View, notes: Sequence[str] = ()
@@ -95,6 +97,10 @@ class VQKDObjective(TokenizerObjective):
             revive_after=options.revive_after,
         )  # fmt: skip
         self.teacher = teacher
+        # From the tokenizer's normalisation to the teacher's; made once, or every step would send them anew.
+        own, wanted = ((torch.tensor(one.mean), torch.tensor(one.std)) for one in (view, teacher))
+        self.register_buffer("_scale", (own[1] / wanted[1]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("_shift", ((own[0] - wanted[0]) / wanted[1]).view(-1, 1, 1), persistent=False)
 
     @classmethod
     def build(cls, config: Config) -> "VQKDObjective":
@@ -171,11 +177,7 @@ class VQKDObjective(TokenizerObjective):
         if not self._teacher_sees_the_view:
             return self.teacher(batch.images["teacher"])  # type: ignore[no-any-return]
         images = batch.images[self.view.name]
-        own_mean, own_std, mean, std = (
-            images.new_tensor(values).view(-1, 1, 1)
-            for values in (self.view.mean, self.view.std, self.teacher.mean, self.teacher.std)
-        )
-        return self.teacher((images * own_std + own_mean - mean) / std)  # type: ignore[no-any-return]
+        return self.teacher(images * self._scale + self._shift)  # type: ignore[no-any-return]
 
     def after_step(self, progress: Progress, finite: Tensor) -> None:
         """Move the codes."""
@@ -245,45 +247,3 @@ def _warnings(config: Config, codebook_size: int, tokenizer: VQKD) -> list[str]:
             "random at first; raise batch.global_size or lower it"
         ]
     return []
-
-
-def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the authors' keys (`model` of a checkpoint) to this objective's; the teacher's are left out.
-
-    Raises:
-        BadInput: a key that their model does not have.
-
-    Source: microsoft/unilm at 768a3c8, beit2/modeling_vqkd.py, norm_ema_quantizer.py.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, value in state.items():
-        part, _, rest = name.partition(".")
-        if part in ("encoder", "decoder"):
-            owner = "tokenizer.encoder" if part == "encoder" else "decoder"
-            if rest.endswith(".attn.q_bias"):  # keys have none, which changes nothing
-                bias = [value, torch.zeros_like(value), state[name.removesuffix("q_bias") + "v_bias"]]
-                renamed[f"{owner}.{rest.removesuffix('q_bias')}qkv.bias"] = torch.cat(bias)
-            elif not rest.endswith(".attn.v_bias"):
-                renamed[f"{owner}.{rest.replace('fc_norm.', 'norm.')}"] = value
-        elif part == "encode_task_layer":
-            renamed[f"tokenizer.{name}"] = value
-        elif part == "decode_task_layer":
-            renamed[name] = value
-        elif name == "quantize.embedding.weight":
-            renamed["tokenizer.codebook.weight"] = value
-        elif name == "quantize.cluster_size":
-            renamed["codebook_ema.hits"] = value
-            renamed["codebook_ema.unused_steps"] = torch.zeros(len(value), dtype=torch.int64)
-        elif name == "quantize.embedding.initted":
-            renamed["codebook_ema.started"] = value.long().squeeze(0)
-        elif name not in ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg") and not part.startswith(
-            ("loss", "teacher", "scaling")
-        ):  # two tables that their own code never reads, and what they delete themselves before use
-            raise BadInput(f"{name} is no weight of an official VQ-KD tokenizer")
-    return renamed
-
-
-def tokenizer_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the keys of this objective, those of the tokenizer that is kept, by its own names."""
-    prefix = "tokenizer."
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

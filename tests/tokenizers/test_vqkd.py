@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from foreseen.commands.verbs import command_of, load_recipe
 from foreseen.config import Config
 from foreseen.data.batch import Batch
+from foreseen.engine import loss_scale
 from foreseen.engine.objective import Progress
 from foreseen.engine.schedule import scaled_lr
 from foreseen.errors import BadInput
@@ -21,8 +22,8 @@ from foreseen.models.backbone import create_backbone
 from foreseen.tokenizers import vqkd_training
 from foreseen.tokenizers.folder import load_tokenizer, save_tokenizer
 from foreseen.tokenizers.teacher import Teacher, load_teacher
-from foreseen.tokenizers.vqkd import VQKD
-from foreseen.tokenizers.vqkd_training import VQKDObjective, from_official, tokenizer_weights
+from foreseen.tokenizers.vqkd_official import from_official, official_tokenizer
+from foreseen.tokenizers.vqkd_training import VQKDObjective
 from tests.engine.driver import STEPS, drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
 from tests.tokenizers.teachers import save_teacher
@@ -130,14 +131,13 @@ def test_every_key_of_an_official_file_has_its_place_and_no_other_is_taken() -> 
 
 def test_an_official_tokenizer_becomes_a_folder(tmp_path: Path) -> None:
     _, tensors = load_case("beit2", "vqkd")
-    model_args = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    tokenizer = VQKD(
-        architecture="vit_tiny_patch16_224", model_args=model_args, input_size=(32, 32), codebook_size=24, code_dim=8
-    )  # fmt: skip
-    tokenizer.load_state_dict(tokenizer_weights(from_official(weights(tensors))))
+    tokenizer = official_tokenizer(weights(tensors), num_heads=2)
     save_tokenizer(tokenizer, tmp_path / "official", lineage={})
     read = load_tokenizer(tmp_path / "official").tokenizer
     assert torch.equal(read.encode(read.normalised(tensors["in/images_01"])).flatten(1), tensors["out/tokens"])
+    assert (read.input_size, read.stride, read.codebook_size) == ((32, 32), (8, 8), 24)
+    with pytest.raises(BadInput, match="no weights of an official VQ-KD tokenizer"):
+        official_tokenizer({"encoder.cls_token": torch.zeros(1, 1, 32)})
 
 
 def test_a_run_does_not_depend_on_accumulation(teacher: Path) -> None:
@@ -307,6 +307,20 @@ def test_going_on_with_another_teacher_is_refused_and_with_the_same_elsewhere_is
     with pytest.raises(BadInput, match="take another run.dir"):
         _run(_short(other, small_shards, run))
     _run(_short(save_teacher(tmp_path / "the same"), small_shards, run))
+
+
+def test_kmeans_waits_for_the_first_step_that_fp16_can_scale(
+    teacher: Path, small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**22)  # the first steps overflow
+    more = {"compute__precision": "fp16", "compute__checkpoint_activations": True}
+    folder = _run(_short(teacher, small_shards, tmp_path / "run", **more, optim__ema_decay=0.9))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["skipped_steps"] == 1
+    assert lines[-1]["skipped_steps"] < 12
+    state = load_file(folder / "checkpoints/step-12/model.safetensors")
+    assert state["codebook_ema.started"] == 1
+    assert lines[-1]["health/codebook_usage"] > 0
 
 
 @pytest.mark.parametrize("times", [1, 2])
