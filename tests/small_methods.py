@@ -8,6 +8,9 @@ def small_method(config: Config) -> dict[str, str]:
     options = config.method.model_dump()
     if "decoder" in options:
         return {"method.decoder": "{embed_dim: 32, depth: 1, num_heads: 2}"}
+    if "network" in options:  # of a tokenizer that reconstructs pixels
+        network = "{groups: 3, blocks: 1, width: 8, decoder_input: 8, residual_gain: 0.5}"
+        return {"method.network": network} | ({"method.kl_weight": "1.0"} if "kl_weight" in options else {})
     small = {}
     if "pixel_clusters" in options:  # fitted in no time, in the place of a folder that a test does not have
         small |= {"method.tokenizer": "null", "method.pixel_clusters": "{clusters: 16}"}

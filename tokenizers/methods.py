@@ -7,6 +7,7 @@ from foreseen.config import Config, MethodOptions
 from foreseen.tokenizers.dvae import DVAEObjective, DVAEOptions
 from foreseen.tokenizers.fsq import FSQObjective, FSQOptions
 from foreseen.tokenizers.training import TokenizerObjective
+from foreseen.tokenizers.vqkd_training import VQKDObjective, VQKDOptions
 
 
 @dataclass(frozen=True)
@@ -20,4 +21,5 @@ class Method:
 METHODS: dict[str, Method] = {
     "dvae": Method(DVAEOptions, DVAEObjective.build),
     "fsq": Method(FSQOptions, FSQObjective.build),
+    "vqkd": Method(VQKDOptions, VQKDObjective.build),
 }

@@ -1,6 +1,6 @@
 """Every method's own command on as many ranks as the launcher starts, cut in many ways; `-m tests.engine.topologies`.
 
-Each run is one of `foreseen pretrain` or `foreseen finetune` on packed pictures, in `<job>-<ranks>x<accumulation>`.
+Each run is one of a verb's own command on packed pictures, in `<job>-<ranks>x<accumulation>`.
 """
 
 import json
@@ -21,6 +21,7 @@ from foreseen.data.loader import BatchBuilder
 from foreseen.data.shards import ShardSet
 from foreseen.pretrain.methods import METHODS
 from tests.small_methods import small_method
+from tests.tokenizers.teachers import save_teacher
 
 if TYPE_CHECKING:
     from tests.engine.driver import History
@@ -39,6 +40,7 @@ _SMALL = [
     "model.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",
 ]  # fmt: skip
 _HARDER = {
+    "tokenizer": ["model.drop_path_rate=0.2", "views.scale=[0.3,1.0]"],
     "pretrain": ["model.drop_path_rate=0.2", "views.scale=[0.3,1.0]"],
     "finetune": [
         "model.drop_path_rate=0.2", "model.init_from=null", "method.mixup=0.8", "method.cutmix=1.0",
@@ -74,6 +76,9 @@ def config_of(verb: Verb, method: str, shards: Path, folder: Path, topology: Top
     ]  # fmt: skip
     overrides = [*_SMALL, *_HARDER[verb], *own]
     overrides += [f"{key}={value}" for key, value in small_method(load_recipe(verb, recipes[0])).items()]
+    if method == "vqkd":
+        overrides += ["method.codebook_size=24", "method.code_dim=8", "method.revive_after=5"]
+        overrides.append(f"method.teacher={save_teacher(shards.parent / 'teacher')}")
     return load_recipe(verb, recipes[0], overrides)
 
 
@@ -109,7 +114,8 @@ def begin_from_the_middle(whole: Path, folder: Path) -> None:
     """A run folder as if the run had been killed after its first checkpoint."""
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / f"checkpoints/step-{STEPS}")
-    shutil.rmtree(folder / "encoder", ignore_errors=True)
+    for handed_over in ("encoder", "tokenizer"):
+        shutil.rmtree(folder / handed_over, ignore_errors=True)
 
 
 def main(out: Path, shards: Path) -> None:
