@@ -1,0 +1,199 @@
+"""Jitter, grey, blur and solarise for many crops at once, each with its own numbers, on the device that trains.
+
+The same operations in the same order as `colour_pillow.py`, in float32 and without rounding in between. Pillow rounds
+down after each operation, by half a level on average, and keeps a hue in 256 steps. What that makes of the
+same draws, in levels of 255 on photographs (tests/data/test_colour.py holds the bounds):
+
+FIGURES
+
+The hue turns as in HSV, exactly. Pillow's Gaussian is three box blurs, and so is ours, with the boxes' fractional width
+(Gwosdek et al. 2011) and the edges repeated each time; torchvision's is a cut Gaussian with the edges mirrored.
+
+Which crops an operation is for is known on the host, which therefore never waits for the device. On a CPU so few crops
+are done at a time that they stay in its cache; nothing depends on how many.
+
+Letters: N crops, H and W pixels.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from foreseen.config import Colour
+from foreseen.data.colour_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ColourDraws
+
+_GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's "L"
+_BOXES = 3  # of Pillow's Gaussian
+_CPU_BYTES, _DEVICE_BYTES = 1 << 20, 1 << 28  # of the floats of crops that are done at a time
+
+
+def parts(height: int, width: int, rows: slice, device: torch.device) -> Iterator[slice]:
+    """Cut rows of crops of a size into as many at a time as are best done together."""
+    most = _CPU_BYTES if device.type == "cpu" else _DEVICE_BYTES
+    step = max(1, most // (12 * height * width))
+    return (slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
+
+
+def change_colours(images: Tensor, draws: ColourDraws, colour: Colour) -> Tensor:
+    """Change the colours of crops.
+
+    Args:
+        images: [N, 3, H, W] uint8.
+        draws: of these crops.
+        colour: as they were drawn for.
+
+    Returns:
+        [N, 3, H, W] float32, contiguous, in [0, 255].
+    """
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    for place in range(draws.order.shape[1]):
+        for number, operation in _JITTER.items():
+            _change(pixels, draws.order[:, place] == number, operation, draws.factors[:, number])
+    _change(pixels, draws.grey, _lose_colour)
+    if (blur := colour.blur) is not None:
+        blurred = draws.radius > 0
+        weights = _boxes(draws.radius) if blur.kernel_size is None else _gaussians(draws.radius, blur.kernel_size)
+        _change(pixels, blurred, _repeated_boxes if blur.kernel_size is None else _mirrored, weights)
+    if (solarise := colour.solarise) is not None:
+        thresholds = np.full(len(pixels), solarise.threshold - 0.5, dtype=np.float32)  # where 8 bits would round to it
+        _change(pixels, draws.solarised, _solarise, thresholds)
+    return pixels
+
+
+def _change(
+    pixels: Tensor,
+    chosen: NDArray[np.bool_],
+    operation: Callable[..., Tensor],
+    numbers: NDArray[np.float32] | None = None,
+) -> None:
+    """Run an operation on the chosen crops, each with its row of `numbers`."""
+    rows = np.flatnonzero(chosen)
+    if len(rows) == 0:
+        return
+    given = () if numbers is None else (_per_crop(numbers[rows], pixels.device),)
+    if len(rows) == len(pixels):
+        changed = operation(pixels, *given)
+        if changed is not pixels:
+            pixels.copy_(changed)
+    else:
+        places = torch.from_numpy(rows).to(pixels.device, non_blocking=True)
+        pixels.index_copy_(0, places, operation(pixels.index_select(0, places), *given))
+
+
+def _per_crop(numbers: NDArray[np.float32], device: torch.device) -> Tensor:
+    """[N] -> [N, 1, 1, 1]; [N, n] -> [n, N, 1, 1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(numbers.T)).to(device, non_blocking=True)[..., None, None, None]
+
+
+def _brightness(pixels: Tensor, factor: Tensor) -> Tensor:
+    return pixels.mul_(factor).clamp_(max=255)
+
+
+def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+    # Along one axis after the other, or the sum of a crop would depend on how many there are.
+    red, green, blue = (pixels.sum(dim=3).sum(dim=2) / (pixels.shape[2] * pixels.shape[3])).unbind(dim=1)
+    mean = (red * _GREY[0] + green * _GREY[1] + blue * _GREY[2]).view(-1, 1, 1, 1)
+    return pixels.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
+
+
+def _saturation(pixels: Tensor, factor: Tensor) -> Tensor:
+    grey = _grey(pixels)
+    return pixels.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    """[N, 3, H, W] -> [N, 1, H, W]."""
+    red, green, blue = pixels.unsqueeze(2).unbind(dim=1)
+    return (red * _GREY[0]).add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2])
+
+
+def _lose_colour(pixels: Tensor) -> Tensor:
+    return pixels.copy_(_grey(pixels))
+
+
+def _hue(pixels: Tensor, share: Tensor) -> Tensor:
+    """Turn the hue: the largest and the smallest of the three channels stay what they are."""
+    red, green, blue = pixels.unbind(dim=1)
+    most, least = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
+    chroma = most - least
+    inverse = chroma.clamp_min(1e-6).reciprocal_()  # greys have no hue, and any will do
+    sextant = torch.where(
+        most == red,
+        (green - blue).mul_(inverse),
+        torch.where(
+            most == green, (blue - red).mul_(inverse).add_(2.0), (red - green).mul_(inverse).add_(4.0)
+        ),
+    )  # fmt: skip
+    sextant.add_(share[:, 0] * 6.0)
+    sextant.add_((sextant / 6.0).floor_(), alpha=-6.0)
+    torch.addcmul(least, chroma, _ramp(sextant, 3.0), out=red)
+    torch.addcmul(most, chroma, _ramp(sextant, 2.0), value=-1.0, out=green)
+    torch.addcmul(most, chroma, _ramp(sextant, 4.0), value=-1.0, out=blue)
+    return pixels
+
+
+def _ramp(sextant: Tensor, centre: float) -> Tensor:
+    """0 within one sextant of the centre, 1 from two sextants on."""
+    return (sextant - centre).abs_().sub_(1.0).clamp_(0.0, 1.0)
+
+
+def _solarise(pixels: Tensor, threshold: Tensor) -> Tensor:
+    return torch.where(pixels >= threshold, 255.0 - pixels, pixels)
+
+
+def _boxes(radius: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Weights of the box of each of Pillow's three blurs, from the centre outwards, [N] -> [N, n].
+
+    Source: Pillow 13, src/libImaging/BoxBlur.c, after Gwosdek et al. 2011, equations 7, 11 and 14.
+    """
+    variance = radius.astype(np.float64) ** 2 / _BOXES
+    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    whole, part = whole[:, None], part[:, None]
+    places = np.arange(int(whole.max()) + 2)
+    weights = np.where(places <= whole, 1.0, np.where(places == whole + 1, part, 0.0))
+    weights /= 2 * (whole + part) + 1
+    return np.asarray(weights, dtype=np.float32)
+
+
+def _gaussians(radius: NDArray[np.float32], kernel_size: int) -> NDArray[np.float32]:
+    """Weights of torchvision's kernel, from the centre outwards, [N] -> [N, n]."""
+    places = np.arange(kernel_size // 2 + 1)
+    weights = np.exp(-0.5 * (places / np.maximum(radius, 1e-3)[:, None].astype(np.float64)) ** 2)
+    return np.asarray(weights / (2 * weights.sum(axis=1, keepdims=True) - 1), dtype=np.float32)
+
+
+def _repeated_boxes(pixels: Tensor, weights: Tensor) -> Tensor:
+    for dim in (3, 2):
+        for _ in range(_BOXES):
+            pixels = _filter(pixels, weights, dim, "replicate")
+    return pixels
+
+
+def _mirrored(pixels: Tensor, weights: Tensor) -> Tensor:
+    return _filter(_filter(pixels, weights, 3, "reflect"), weights, 2, "reflect")
+
+
+def _filter(pixels: Tensor, weights: Tensor, dim: int, edges: str) -> Tensor:
+    """Filter along one axis with symmetric kernels, by adding shifted crops: on a CPU faster than a convolution.
+
+    Args:
+        pixels: [N, 3, H, W].
+        weights: from the centre outwards, [n, N, 1, 1, 1].
+        dim: 2 or 3.
+        edges: how `F.pad` goes on beyond them.
+    """
+    reach, length = len(weights) - 1, pixels.shape[dim]
+    wide = F.pad(pixels, (reach, reach, 0, 0) if dim == 3 else (0, 0, reach, reach), mode=edges)
+    found = pixels * weights[0]
+    for place in range(1, reach + 1):
+        pair = wide.narrow(dim, reach - place, length) + wide.narrow(dim, reach + place, length)
+        found.addcmul_(pair, weights[place])
+    return found
+
+
+_JITTER = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}
