@@ -208,7 +208,11 @@ class Solarise(Section):
 
 
 class Colour(Section):
-    """What is done to the colours of a crop, in this order: jitter, grey, blur, solarise; see `data/colour.py`."""
+    """What is done to the colours of a crop, in this order: jitter, grey, blur, solarise.
+
+    Papers that jitter the whole picture before they crop it, as BEiT, differ in one point: contrast is taken about the
+    mean of the crop here and about that of the picture there. The other operations commute with cropping.
+    """
 
     jitter: Jitter | None = None
     grey: float = Field(0.0, ge=0, le=1)

@@ -1,9 +1,9 @@
 """What an objective asks to see of each image, and how a worker cuts it out.
 
 A worker decodes an image once and cuts every view from it: an antialiased uint8 crop per view, written straight into
-the batch. Colours (`colour.py`) and normalising are left to the device (`finish`), unless a view wants the papers' own
-colour operations. Windows are drawn from the sample's key, so a sample at a position has the same crops whoever loads
-it.
+the batch. Colours (`colour_batched.py`) and normalising are left to the device (`finish`), unless a view wants the
+papers' own colour operations (`colour_pillow.py`). Windows are drawn from the sample's key, so a sample at a position
+has the same crops whoever loads it.
 
 Letters: B images, n crops of one view, C channels, H and W pixels.
 """
