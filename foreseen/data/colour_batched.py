@@ -16,8 +16,8 @@ the same draws, in levels, over the pixels of photographs; tests/data/test_colou
 The hue turns as in HSV, exactly. Pillow's Gaussian is three box blurs, and so is ours, with the boxes' fractional width
 (Gwosdek et al. 2011) and the edges repeated each time; torchvision's is a cut Gaussian with the edges mirrored.
 
-Which crops an operation is for is known on the host, which therefore never waits for the device. On a CPU so few crops
-are done at a time that they stay in its cache; nothing depends on how many.
+Which crops an operation is for is known on the host, which therefore never waits for the device. On a CPU so few are
+done at a time that they stay in its cache; nothing depends on how many.
 
 Letters: N crops, H and W pixels.
 """
@@ -35,60 +35,72 @@ from foreseen.data.colour_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Co
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's "L"
 _BOXES = 3  # of Pillow's Gaussian
-_CPU_BYTES, _DEVICE_BYTES = 1 << 20, 1 << 28  # of the floats of crops that are done at a time
+_CPU_BYTES, _DEVICE_BYTES = 1 << 20, 1 << 28  # of the crops that are changed at a time, as floats
+
+Operation = Callable[[Tensor, Tensor], Tensor | None]
 
 
-def parts(height: int, width: int, rows: slice, device: torch.device) -> Iterator[slice]:
-    """Cut rows of crops of a size into as many at a time as are best done together."""
-    most = _CPU_BYTES if device.type == "cpu" else _DEVICE_BYTES
-    step = max(1, most // (12 * height * width))
-    return (slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
-
-
-def change_colours(images: Tensor, draws: ColourDraws, colour: Colour) -> Tensor:
-    """Change the colours of crops.
+class ColourChanges:
+    """What is to be done to N crops.
 
     Args:
-        images: [N, 3, H, W] uint8.
-        draws: of these crops.
-        colour: as they were drawn for.
-
-    Returns:
-        [N, 3, H, W] float32, contiguous, in [0, 255].
+        colour: the settings.
+        draws: of the crops, made by these settings.
     """
-    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-    for place in range(draws.order.shape[1]):
-        for number, operation in _JITTER.items():
-            _change(pixels, draws.order[:, place] == number, operation, draws.factors[:, number])
-    _change(pixels, draws.grey, _lose_colour)
-    if (blur := colour.blur) is not None:
-        blurred = draws.radius > 0
-        weights = _boxes(draws.radius) if blur.kernel_size is None else _gaussians(draws.radius, blur.kernel_size)
-        _change(pixels, blurred, _repeated_boxes if blur.kernel_size is None else _mirrored, weights)
-    if (solarise := colour.solarise) is not None:
-        thresholds = np.full(len(pixels), solarise.threshold - 0.5, dtype=np.float32)  # where 8 bits would round to it
-        _change(pixels, draws.solarised, _solarise, thresholds)
-    return pixels
+
+    def __init__(self, colour: Colour, draws: ColourDraws) -> None:
+        self._draws = draws
+        self._blur, self._solarise = colour.blur, colour.solarise
+        if self._blur is not None:
+            size = self._blur.kernel_size
+            self._weights = _boxes(draws.radius) if size is None else _gaussians(draws.radius, size)
+
+    def parts(self, size: tuple[int, int], device: torch.device) -> Iterator[NDArray[np.int64]]:
+        """Which crops of a size are best changed at a time; every row once."""
+        on_cpu = device.type == "cpu"
+        most = max(1, (_CPU_BYTES if on_cpu else _DEVICE_BYTES) // (12 * size[0] * size[1]))
+        rows = np.arange(len(self._draws.order))
+        groups = [rows]
+        if on_cpu and most > 1:
+            # Those with the same order of the jitter together: each operation then runs on the whole part.
+            code = self._draws.order @ (5 ** np.arange(4))
+            rows = np.argsort(code, kind="stable")
+            groups = np.split(rows, np.flatnonzero(np.diff(code[rows])) + 1)
+        return (group[start : start + most] for group in groups for start in range(0, len(group), most))
+
+    def apply(self, pixels: Tensor, rows: NDArray[np.int64]) -> None:
+        """Change some of the crops, in place.
+
+        Args:
+            pixels: [n, 3, H, W] float32, contiguous, in [0, 255].
+            rows: which of the N crops they are, [n].
+        """
+        draws = self._draws[rows]
+        for place in range(draws.order.shape[1]):
+            for number in sorted({*draws.order[:, place].tolist()} & _JITTER.keys()):
+                _change(pixels, draws.order[:, place] == number, _JITTER[number], draws.factors[:, number])
+        _change(pixels, draws.grey, _lose_colour, draws.factors[:, 0])
+        if self._blur is not None:
+            filter_crops = _repeated_boxes if self._blur.kernel_size is None else _mirrored
+            _change(pixels, draws.radius > 0, filter_crops, _shortened(self._weights[rows]))
+        if self._solarise is not None:
+            # Where 8 bits would round to the threshold.
+            thresholds = np.full(len(pixels), self._solarise.threshold - 0.5, dtype=np.float32)
+            _change(pixels, draws.solarised, _fold if self._solarise.threshold == 128 else _solarise, thresholds)
 
 
-def _change(
-    pixels: Tensor,
-    chosen: NDArray[np.bool_],
-    operation: Callable[..., Tensor],
-    numbers: NDArray[np.float32] | None = None,
-) -> None:
-    """Run an operation on the chosen crops, each with its row of `numbers`."""
+def _change(pixels: Tensor, chosen: NDArray[np.bool_], operation: Operation, numbers: NDArray[np.float32]) -> None:
+    """Run an operation, which may work in place, on the chosen crops, each with its row of `numbers`."""
     rows = np.flatnonzero(chosen)
-    if len(rows) == 0:
-        return
-    given = () if numbers is None else (_per_crop(numbers[rows], pixels.device),)
     if len(rows) == len(pixels):
-        changed = operation(pixels, *given)
-        if changed is not pixels:
+        changed = operation(pixels, _per_crop(numbers, pixels.device))
+        if changed is not None:
             pixels.copy_(changed)
-    else:
+    elif len(rows):
         places = torch.from_numpy(rows).to(pixels.device, non_blocking=True)
-        pixels.index_copy_(0, places, operation(pixels.index_select(0, places), *given))
+        some = pixels.index_select(0, places)
+        changed = operation(some, _per_crop(numbers[rows], pixels.device))
+        pixels.index_copy_(0, places, some if changed is None else changed)
 
 
 def _per_crop(numbers: NDArray[np.float32], device: torch.device) -> Tensor:
@@ -96,20 +108,20 @@ def _per_crop(numbers: NDArray[np.float32], device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(numbers.T)).to(device, non_blocking=True)[..., None, None, None]
 
 
-def _brightness(pixels: Tensor, factor: Tensor) -> Tensor:
-    return pixels.mul_(factor).clamp_(max=255)
+def _brightness(pixels: Tensor, factor: Tensor) -> None:
+    pixels.mul_(factor).clamp_(max=255)
 
 
-def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+def _contrast(pixels: Tensor, factor: Tensor) -> None:
     # Along one axis after the other, or the sum of a crop would depend on how many there are.
     red, green, blue = (pixels.sum(dim=3).sum(dim=2) / (pixels.shape[2] * pixels.shape[3])).unbind(dim=1)
     mean = (red * _GREY[0] + green * _GREY[1] + blue * _GREY[2]).view(-1, 1, 1, 1)
-    return pixels.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
+    pixels.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
 
 
-def _saturation(pixels: Tensor, factor: Tensor) -> Tensor:
+def _saturation(pixels: Tensor, factor: Tensor) -> None:
     grey = _grey(pixels)
-    return pixels.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
+    pixels.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
 
 
 def _grey(pixels: Tensor) -> Tensor:
@@ -118,29 +130,28 @@ def _grey(pixels: Tensor) -> Tensor:
     return (red * _GREY[0]).add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2])
 
 
-def _lose_colour(pixels: Tensor) -> Tensor:
-    return pixels.copy_(_grey(pixels))
+def _lose_colour(pixels: Tensor, _: Tensor) -> None:
+    pixels.copy_(_grey(pixels))
 
 
-def _hue(pixels: Tensor, share: Tensor) -> Tensor:
-    """Turn the hue: the largest and the smallest of the three channels stay what they are."""
+def _hue(pixels: Tensor, share: Tensor) -> None:
+    """Turn the hue: the largest and the smallest of the three channels stay what they are.
+
+    On the circle of hues, red at 0 and six sextants long, a colour stands at ±(1 + (g + b - r - least) / chroma), on
+    the side of the larger of green and blue: of the three channels one is the least, one the most, and only the third
+    moves within a sextant.
+    """
     red, green, blue = pixels.unbind(dim=1)
-    most, least = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
+    most = torch.maximum(torch.maximum(red, green), blue)
+    least = torch.minimum(torch.minimum(red, green), blue)
     chroma = most - least
-    inverse = chroma.clamp_min(1e-6).reciprocal_()  # greys have no hue, and any will do
-    sextant = torch.where(
-        most == red,
-        (green - blue).mul_(inverse),
-        torch.where(
-            most == green, (blue - red).mul_(inverse).add_(2.0), (red - green).mul_(inverse).add_(4.0)
-        ),
-    )  # fmt: skip
-    sextant.add_(share[:, 0] * 6.0)
+    sextant = (green + blue).sub_(red).sub_(least)
+    sextant.div_(chroma.clamp_min(1e-6)).add_(1.0)  # greys have no hue, and any will do
+    sextant.copysign_(green - blue).add_(share[:, 0] * 6.0)
     sextant.add_((sextant / 6.0).floor_(), alpha=-6.0)
     torch.addcmul(least, chroma, _ramp(sextant, 3.0), out=red)
     torch.addcmul(most, chroma, _ramp(sextant, 2.0), value=-1.0, out=green)
     torch.addcmul(most, chroma, _ramp(sextant, 4.0), value=-1.0, out=blue)
-    return pixels
 
 
 def _ramp(sextant: Tensor, centre: float) -> Tensor:
@@ -150,6 +161,11 @@ def _ramp(sextant: Tensor, centre: float) -> Tensor:
 
 def _solarise(pixels: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(pixels >= threshold, 255.0 - pixels, pixels)
+
+
+def _fold(pixels: Tensor, _: Tensor) -> Tensor:
+    """Solarise in the middle of the values, where it needs no comparison."""
+    return torch.minimum(pixels, 255.0 - pixels)
 
 
 def _boxes(radius: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -172,6 +188,12 @@ def _gaussians(radius: NDArray[np.float32], kernel_size: int) -> NDArray[np.floa
     places = np.arange(kernel_size // 2 + 1)
     weights = np.exp(-0.5 * (places / np.maximum(radius, 1e-3)[:, None].astype(np.float64)) ** 2)
     return np.asarray(weights / (2 * weights.sum(axis=1, keepdims=True) - 1), dtype=np.float32)
+
+
+def _shortened(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Without the outermost places that no crop has a weight for."""
+    used = np.flatnonzero((weights > 0).any(axis=0))
+    return weights[:, : int(used[-1]) + 1]
 
 
 def _repeated_boxes(pixels: Tensor, weights: Tensor) -> Tensor:

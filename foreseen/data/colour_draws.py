@@ -38,7 +38,7 @@ class ColourDraws:
     radius: NDArray[np.float32]
     solarised: NDArray[np.bool_]
 
-    def __getitem__(self, rows: slice) -> "ColourDraws":
+    def __getitem__(self, rows: NDArray[np.int64]) -> "ColourDraws":
         """Those of some of the crops."""
         return ColourDraws(
             self.order[rows], self.factors[rows], self.grey[rows], self.radius[rows], self.solarised[rows]

@@ -25,7 +25,7 @@ from torch import Tensor
 from foreseen.config import Colour
 from foreseen.config import Views as ViewOptions
 from foreseen.data.batch import Batch
-from foreseen.data.colour_batched import change_colours, parts
+from foreseen.data.colour_batched import ColourChanges
 from foreseen.data.colour_draws import draw_colours
 from foreseen.data.colour_pillow import papers_colours
 from foreseen.device_keys import library_generators_seeded
@@ -342,15 +342,31 @@ def _finished(images: Tensor, view: View, key: Tensor, dtype: torch.dtype) -> Te
     if not any(colours):
         return normalise(images, view.mean, view.std, dtype)
     keys = key.numpy().view(np.uint64)  # what is to be done is known on the host, so nothing waits to be told
-    found = torch.empty(images.shape, dtype=dtype, device=images.device)
+    found = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     for colour, group in groupby(range(view.count), colours.__getitem__):
         crops = list(group)
         rows = slice(crops[0] * len(keys), (crops[-1] + 1) * len(keys))
         if colour is None:
-            found[rows] = normalise(images[rows], view.mean, view.std, dtype)
+            found[rows] = normalise(images[rows], view.mean, view.std, torch.float32)
             continue
         draws = draw_colours(colour, np.concatenate([view.crop_keys(keys, crop) for crop in crops]))
-        for part in parts(images.shape[2], images.shape[3], rows, images.device):
-            changed = change_colours(images[part], draws[part.start - rows.start : part.stop - rows.start], colour)
-            found[part] = _normalised(changed, view.mean, view.std)
-    return found
+        _recoloured(images[rows], found[rows], ColourChanges(colour, draws), view)
+    return found.to(dtype)
+
+
+def _recoloured(images: Tensor, found: Tensor, changes: ColourChanges, view: View) -> None:
+    """Change colours and normalise: [N, C, H, W] uint8 `images` into float32 `found`."""
+    for rows in changes.parts(view.size, images.device):
+        if rows[-1] - rows[0] == len(rows) - 1 and np.all(np.diff(rows) == 1):
+            part = slice(rows[0], rows[-1] + 1)
+            pixels = found[part].copy_(images[part])
+            changes.apply(pixels, rows)
+            _normalised(pixels, view.mean, view.std)
+        else:
+            pixels = torch.empty((len(rows), *found.shape[1:]), dtype=found.dtype)
+            for place, row in enumerate(rows.tolist()):
+                pixels[place].copy_(images[row])
+            changes.apply(pixels, rows)
+            _normalised(pixels, view.mean, view.std)
+            for place, row in enumerate(rows.tolist()):
+                found[row].copy_(pixels[place])

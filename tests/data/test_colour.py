@@ -16,7 +16,7 @@ from foreseen.commands.verbs import load_recipe
 from foreseen.config import Blur, Colour, Jitter, Solarise
 from foreseen.data import colour_batched
 from foreseen.data.batch import Batch, BatchLayout
-from foreseen.data.colour_batched import change_colours
+from foreseen.data.colour_batched import ColourChanges
 from foreseen.data.colour_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ColourDraws, draw_colours
 from foreseen.data.colour_pillow import papers_colours
 from foreseen.data.loader import BatchBuilder, StreamDataset, assemble, load
@@ -101,6 +101,12 @@ def test_views_that_share_windows_share_their_colours(exact: bool) -> None:
     apart = (halved - found["tokenizer"][:, 0]).abs().mean((1, 2, 3))
     assert apart.max() < 8
     assert (halved - found["other"][:, 0]).abs().mean((1, 2, 3)).median() > 20
+
+
+def change_colours(images: Tensor, draws: ColourDraws, colour: Colour) -> Tensor:
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    ColourChanges(colour, draws).apply(pixels, np.arange(len(pixels)))
+    return pixels
 
 
 def draws(n: int, **given: Any) -> ColourDraws:
