@@ -8,7 +8,7 @@ import difflib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -162,12 +162,6 @@ class Model(Section):
     @classmethod
     def _square(cls, value: Any) -> Any:
         return (value, value) if isinstance(value, int) else value
-
-    @model_validator(mode="after")
-    def _some_model(self) -> Self:
-        if self.name is None and self.init_from is None:
-            raise ValueError("model.name and model.init_from are both null; give one of them")
-        return self
 
 
 class Jitter(Section):
@@ -347,6 +341,8 @@ class Probe(Section):
 class MethodOptions(Section):
     """The options of a method; each method has its own class."""
 
+    has_backbone: ClassVar[bool] = True
+    """Whether it trains a timm model, which `model` names."""
     name: str
 
 
@@ -356,13 +352,22 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     run: Run
     data: Data = Data()
-    model: Model
+    model: Model = Model()
     method: MethodOptions
     views: Views = Views()
     optim: Optim
     batch: BatchSize
     compute: Compute = Compute()
     probe: Probe = Probe()
+
+    @model_validator(mode="after")
+    def _some_model(self) -> Self:
+        named = self.model.name or self.model.init_from
+        if self.method.has_backbone and named is None:
+            raise ValueError("model.name and model.init_from are both null; give one of them")
+        if not self.method.has_backbone and named is not None:
+            raise ValueError(f"method {self.method.name} has networks of its own, not {named}: leave model out")
+        return self
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:

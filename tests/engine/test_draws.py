@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foreseen import device_keys
-from foreseen.commands import finetune, pretrain
+from foreseen.commands.verbs import Verb, command_of
 from foreseen.data.batch import BatchLayout
 from foreseen.data.shards import ShardSet
 from foreseen.data.views import finish
@@ -23,12 +23,11 @@ DRAWN_BY_WORKERS = {"mae": set[str](), "supervised": {"mix", "erase"}}
 
 @pytest.mark.parametrize(("verb", "method"), METHODS)
 def test_all_that_is_drawn_is_the_same_however_a_batch_is_cut(
-    small_shards: Path, monkeypatch: pytest.MonkeyPatch, verb: str, method: str
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, verb: Verb, method: str
 ) -> None:
-    config = config_of(verb, method, small_shards, Path("none"), Topology(1, 1)).with_length(37)  # type: ignore[arg-type]
-    make_job = pretrain.make_job if verb == "pretrain" else finetune.make_job
+    config = config_of(verb, method, small_shards, Path("none"), Topology(1, 1)).with_length(37)
     torch.manual_seed(0)
-    job = make_job(config, ShardSet.open(small_shards, "train"))
+    job = command_of(verb).make_job(config, ShardSet.open(small_shards, "train"))
     job.objective.train().double()
     drawn: dict[str, Tensor] = {}
     bits = device_keys.keyed_bits

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from foreseen.commands import finetune, pretrain
-from foreseen.commands.verbs import VERBS, Verb, load_recipe, method_options
+from foreseen.commands.verbs import VERBS, Verb, command_of, load_recipe, method_options
 from foreseen.config import Config, recipe_names
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def config_of(verb: Verb, method: str, shards: Path, folder: Path, topology: Top
 
 
 def run(verb: Verb, config: Config) -> None:
-    (pretrain.run if verb == "pretrain" else finetune.run)(config)
+    command_of(verb).run(config)
 
 
 def history(folder: Path) -> "History":
