@@ -79,6 +79,11 @@ def config_of(verb: Verb, method: str, shards: Path, folder: Path, topology: Top
     if method == "vqkd":
         overrides += ["method.codebook_size=24", "method.code_dim=8", "method.revive_after=5"]
         overrides.append(f"method.teacher={save_teacher(shards.parent / 'teacher')}")
+    if method == "mae":
+        overrides.append(
+            "views.colour={jitter: {brightness: 0.4, contrast: 0.4, saturation: 0.2, hue: 0.1, probability: 0.8}, "
+            "grey: 0.2, blur: {probability: 0.5}, solarise: {probability: 0.2}}"
+        )
     return load_recipe(verb, recipes[0], overrides)
 
 
