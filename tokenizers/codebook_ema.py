@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foreseen.device_keys import keyed_bits
+from foreseen import device_keys
 from foreseen.engine.objective import all_reduce_sum
 from foreseen.tokenizers.choose_tokens import choose_tokens
 from foreseen.tokenizers.cosine_kmeans import cosine_kmeans
@@ -78,7 +78,7 @@ class CodebookEMA(nn.Module):
         self._total = total if self._total is None else self._total + total
         if self._starts(step) or self._revives(step):
             self._tokens.append(tokens)
-            self._priorities.append(keyed_bits(key, "codebook", len(tokens) // len(key)).flatten())
+            self._priorities.append(device_keys.keyed_bits(key, "codebook", len(tokens) // len(key)).flatten())
 
     def move(self, codebook: Codebook, step: int, finite: Tensor) -> None:
         """Move the codes by what was collected on all ranks, once a step.

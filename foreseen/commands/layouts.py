@@ -47,6 +47,18 @@ def _write_dalle(files: Sequence[WeightFile], out: Path, lineage: Lineage) -> st
     return "tokenizer"
 
 
+def _vqkd(files: Sequence[WeightFile]) -> Sequence[WeightFile] | None:
+    return files if len(files) == 1 and "quantize.embedding.weight" in files[0].tensors else None
+
+
+def _write_vqkd(files: Sequence[WeightFile], out: Path, lineage: Lineage) -> str:
+    from foreseen.tokenizers.folder import save_tokenizer
+    from foreseen.tokenizers.vqkd_official import official_tokenizer
+
+    save_tokenizer(official_tokenizer(files[0].state), out, lineage=lineage)
+    return "tokenizer"
+
+
 PLAIN_VITS = {
     # Width, depth and patch size in pixels; the number of heads is in no weight.
     (192, 12, 16): "vit_tiny_patch16_224",
@@ -102,6 +114,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "encoder.pkl and decoder.pkl of DALL·E's discrete VAE (openai/DALL-E)", "Modified MIT License",
         _dalle, _write_dalle,
     ),
+    Layout("a VQ-KD tokenizer of BEiT v2 (microsoft/unilm, beit2)", "MIT", _vqkd, _write_vqkd),
     Layout(
         "a pretrained plain ViT without a head in the names of timm, such as MAE's (facebookresearch/mae)", None,
         _plain_vit, _write_plain_vit,

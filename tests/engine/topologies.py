@@ -21,7 +21,6 @@ from foreseen.data.loader import BatchBuilder
 from foreseen.data.shards import ShardSet
 from foreseen.pretrain.methods import METHODS
 from tests.small_methods import small_method
-from tests.tokenizers.teachers import save_teacher
 
 if TYPE_CHECKING:
     from tests.engine.driver import History
@@ -77,8 +76,7 @@ def config_of(verb: Verb, method: str, shards: Path, folder: Path, topology: Top
     overrides = [*_SMALL, *_HARDER[verb], *own]
     overrides += [f"{key}={value}" for key, value in small_method(load_recipe(verb, recipes[0])).items()]
     if method == "vqkd":
-        overrides += ["method.codebook_size=24", "method.code_dim=8", "method.revive_after=5"]
-        overrides.append(f"method.teacher={save_teacher(shards.parent / 'teacher')}")
+        overrides.append("method.revive_after=5")
     if method == "mae":
         overrides.append(
             "views.colour={jitter: {brightness: 0.4, contrast: 0.4, saturation: 0.2, hue: 0.1, probability: 0.8}, "

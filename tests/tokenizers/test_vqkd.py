@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from foreseen import cli
 from foreseen.commands.verbs import command_of, load_recipe
 from foreseen.config import Config
 from foreseen.data.batch import Batch
@@ -138,6 +140,30 @@ def test_an_official_tokenizer_becomes_a_folder(tmp_path: Path) -> None:
     assert (read.input_size, read.stride, read.codebook_size) == ((32, 32), (8, 8), 24)
     with pytest.raises(BadInput, match="no weights of an official VQ-KD tokenizer"):
         official_tokenizer({"encoder.cls_token": torch.zeros(1, 1, 32)})
+
+
+def test_an_official_file_is_imported_without_running_what_is_in_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    official = {"quantize.embedding.weight": torch.randn(16, 8), "quantize.cluster_size": torch.zeros(16)}
+    sizes = {
+        "cls_token": (1, 1, 64), "pos_embed": (1, 17, 64), "patch_embed.proj.weight": (64, 3, 8, 8),
+        "patch_embed.proj.bias": (64,), "fc_norm.weight": (64,), "fc_norm.bias": (64,),
+        "blocks.0.norm1.weight": (64,), "blocks.0.norm1.bias": (64,), "blocks.0.norm2.weight": (64,),
+        "blocks.0.norm2.bias": (64,), "blocks.0.attn.q_bias": (64,), "blocks.0.attn.v_bias": (64,),
+        "blocks.0.attn.qkv.weight": (192, 64), "blocks.0.attn.proj.weight": (64, 64), "blocks.0.attn.proj.bias": (64,),
+        "blocks.0.mlp.fc1.weight": (256, 64), "blocks.0.mlp.fc1.bias": (256,), "blocks.0.mlp.fc2.weight": (64, 256),
+        "blocks.0.mlp.fc2.bias": (64,),
+    }  # fmt: skip
+    official |= {f"encoder.{name}": torch.randn(size) * 0.02 for name, size in sizes.items()}
+    task = {"0.weight": (64, 64), "0.bias": (64,), "2.weight": (8, 64), "2.bias": (8,)}
+    official |= {f"encode_task_layer.{name}": torch.randn(size) * 0.02 for name, size in task.items()}
+    torch.save({"model": official, "epoch": 100}, tmp_path / "vqkd_encoder.pth")
+    done = CliRunner().invoke(cli.app, ["import", str(tmp_path / "vqkd_encoder.pth"), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "VQ-KD tokenizer of BEiT v2" in done.output
+    read = load_tokenizer(tmp_path / "out")
+    assert (read.tokenizer.input_size, read.tokenizer.codebook_size) == ((32, 32), 16)
+    assert read.lineage["licences"] == ["MIT"]
 
 
 def test_a_run_does_not_depend_on_accumulation(teacher: Path) -> None:
