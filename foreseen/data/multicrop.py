@@ -28,7 +28,7 @@ class MultiCrop(Section):
     local_scale: tuple[float, float] = (0.05, 0.4)
     """Smallest and largest share of the image's area that a small crop covers."""
     colours: Literal["dino", "dinov2", "byol"] | None = "dino"
-    """Whose jitter, grey, blur and solarise; null takes `views.colour` for every crop. They differ in the blur alone."""
+    """Whose jitter, grey, blur and solarise; null takes `views.colour` for every crop. Only the blur differs."""
     exact: bool = False
     """Run these colours' own operations on 8-bit pixels in the loader processes; see `views.colour.exact`."""
 
@@ -93,7 +93,7 @@ def papers_crop_colours(
     hands torchvision's RandomApply the probability that a crop is left alone: as it was trained, the first is never
     blurred and the others nearly always. That is what is done here. The others may be solarised, in all of them.
 
-    Source: facebookresearch/dino, main_dino.py, DataAugmentationDINO (Pillow's blur); facebookresearch/dinov2 at
+    Source: facebookresearch/dino at 7c446df, main_dino.py (Pillow's blur); facebookresearch/dinov2 at
         05c66df, dinov2/data/augmentations.py and transforms.py (a kernel of 9); Grill et al. 2020, arXiv:2006.07733,
         appendix B (a kernel of 23).
     """
