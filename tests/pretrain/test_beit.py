@@ -23,6 +23,7 @@ from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
 from foreseen.handoff.encoder import Preprocessing, create_encoder, load_encoder, save_encoder
 from foreseen.models.drop_path import KeyedDropPath
+from foreseen.models.recompute import recompute_activations
 from foreseen.pretrain.beit import BEiT, Prepared
 from foreseen.pretrain.beit_official import from_hugging_face, from_official
 from foreseen.tokenizers.folder import load_tokenizer
@@ -267,6 +268,23 @@ def test_the_whole_recipe_gives_the_same_however_the_batch_is_cut(build: Build) 
     assert not any(name.startswith("tokenizer") for name in whole.state)
     assert torch.equal(whole.state["position_counts.counts"], split.state["position_counts.counts"])
     assert whole.state["position_counts.counts"].sum() == 16 * 16  # one step of sixteen pictures of sixteen patches
+
+
+def test_activations_may_be_computed_again(build: Build) -> None:
+    gradients = []
+    for again in (False, True):
+        objective = build("model.drop_path_rate=0.5", "method.aggregate={from_block: 1, depth: 1}").double().train()
+        if again:
+            assert objective.aggregation is not None
+            for block in (*objective.vit.blocks, *objective.aggregation.blocks):
+                recompute_activations(block)
+        batch = _batch(objective)
+        batch = batch.with_images({name: images.double() for name, images in batch.images.items()})
+        (prepared,) = objective.prepare([batch], PROGRESS)
+        objective(batch, prepared, PROGRESS)["loss"].backward()
+        gradients.append({name: p.grad for name, p in objective.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
 
 
 def test_a_step_that_is_not_finite_moves_nothing(build: Build) -> None:
