@@ -1,5 +1,7 @@
 """BEiT v1 and v2 compute what the authors' code computes, and keep what the recipe promises."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,18 +10,22 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from foreseen.commands import pretrain
 from foreseen.commands.verbs import method_options
 from foreseen.config import RECIPES, Model, load
 from foreseen.data.batch import Batch
 from foreseen.data.views import normalise
+from foreseen.engine.job import Outcome
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
 from foreseen.handoff.encoder import Preprocessing, create_encoder, load_encoder, save_encoder
 from foreseen.models.drop_path import KeyedDropPath
 from foreseen.pretrain.beit import BEiT, Prepared
 from foreseen.pretrain.beit_official import from_hugging_face, from_official
+from foreseen.tokenizers.folder import load_tokenizer
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
 from tests.tiny_tokenizer import TinyTokenizer, tiny_tokenizer
@@ -476,3 +482,32 @@ def test_a_tokenizer_given_as_a_module_needs_no_folder(build: Build) -> None:
     assert objective.frozen_inputs() == {}
     batch = _batch(objective)
     assert objective.prepare([batch], PROGRESS)[0].codes.shape == (6, 16)
+
+
+def test_a_run_goes_on_with_its_tokenizer_wherever_it_lies_and_with_no_other(
+    small_shards: Path, tmp_path: Path, recipe: Callable[..., list[str]]
+) -> None:
+    def run(tokenizer: Path) -> Outcome:
+        small = recipe(
+            method__tokenizer=tokenizer, run__steps=4, run__save_every=2, run__log_every=1, optim__warmup_steps=1,
+            optim__warmup_epochs="null", run__epochs="null", batch__global_size=16, method__mask__min_block=4,
+        )  # fmt: skip
+        return pretrain.run(load("pretrain", "beit_b16", small, OPTIONS))
+
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    assert run(tokenizer).step == 4
+    folder = tmp_path / "run"
+    (sha256,) = {load_tokenizer(tokenizer).sha256}
+    lineage = json.loads((folder / "encoder/lineage.json").read_text(encoding="utf-8"))
+    assert lineage["frozen_inputs"] == {"tokenizer": sha256}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {"loss", "accuracy", "baseline_position", "baseline_neighbour"} <= lines[-1].keys()
+    assert lines[-1]["health/codes_used"] > 0.5
+    names = load_file(folder / "checkpoints/step-4/model.safetensors").keys()
+    assert "mask_token" in names
+    assert not any(name.startswith("tokenizer") for name in names)
+
+    shutil.rmtree(folder / "checkpoints/step-4")
+    assert run(Path(shutil.move(tokenizer, tmp_path / "moved"))).step == 4
+    with pytest.raises(BadInput, match="the tokenizer changed since the run in run.dir"):
+        run(tiny_tokenizer(tmp_path / "other", seed=1))
