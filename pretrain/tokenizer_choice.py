@@ -139,7 +139,7 @@ def _judged(found: TokenizerFolder, cut: Cut, workers: int, device: torch.device
     health, sheet = Health.from_dict(found.health), found.source / "health.png"
     if health is not None and sheet.is_file():
         pictures = cut(Request(views=())).shards
-        if health.fingerprint == pictures.fingerprint:
+        if (health.fingerprint, health.codebook_size) == (pictures.fingerprint, found.tokenizer.codebook_size):
             with Image.open(sheet) as image:
                 return health, image.convert("RGB")
     return measure_health(found.tokenizer.to(device), cut, workers=workers, device=device)
