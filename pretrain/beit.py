@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from foreseen.config import Config, MethodOptions, Section
+from foreseen.config import Config, Section
 from foreseen.data.batch import Batch
 from foreseen.data.block_mask import BlockMask
 from foreseen.data.views import Draw, Request, View, configured_view, denormalise
@@ -33,7 +33,7 @@ from foreseen.models.masked_vit import take
 from foreseen.pretrain.beit_aggregation import AggregateOptions, PatchAggregation
 from foreseen.pretrain.beit_baselines import PositionCounts, nearest_visible
 from foreseen.pretrain.beit_initial import draw, draw_normal, initialise
-from foreseen.tokenizers.folder import load_tokenizer
+from foreseen.pretrain.tokenizer_choice import TokenizedOptions, chosen_tokenizer
 from foreseen.tokenizers.pictures import code_map
 from foreseen.tokenizers.tokenizer import Tokenizer
 
@@ -57,12 +57,10 @@ class MaskOptions(Section):
     """Hide single patches besides until there are exactly so many, as BEiT v2 does."""
 
 
-class BEiTOptions(MethodOptions):
+class BEiTOptions(TokenizedOptions):
     """Options of `method.name: beit`; the defaults are BEiT v1's."""
 
     name: Literal["beit"] = "beit"
-    tokenizer: str | None = None
-    """Folder of the tokenizer; null takes `tokenizer` in the run folder."""
     mask: MaskOptions = MaskOptions()
     aggregate: AggregateOptions | None = None
     """BEiT v2's patch aggregation; null for none."""
@@ -132,7 +130,7 @@ class BEiT(Objective):
         """The objective that a recipe trains, with weights drawn from the global generator or from `init_from`."""
         options = config.method
         assert isinstance(options, BEiTOptions)
-        found = load_tokenizer(options.tokenizer or config.run.dir / "tokenizer")
+        found = chosen_tokenizer(config)
         encoder = create_encoder(config.model, img_size=config.views.size)
         vit = check_maskable(encoder.model, architecture_of(encoder.model)[0])
         if config.model.init_from is None:

@@ -1,7 +1,5 @@
 """A tokenizer of a few numbers for tests of what asks a tokenizer: codes are signs of random projections of a patch."""
 
-import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +63,3 @@ def tiny_tokenizer(folder: Path, **arguments: Any) -> Path:
     """A folder that holds a tiny tokenizer."""
     save_tokenizer(TinyTokenizer(**arguments), folder, lineage={})
     return folder
-
-
-@cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
-
-
-@cache
-def shared_tiny_tokenizer() -> Path:
-    """A folder with the same tiny tokenizer in every process, gone when the process ends."""
-    return tiny_tokenizer(Path(_temporary().name) / "tokenizer")

@@ -1,5 +1,8 @@
 """Every kind of tokenizer that a folder can hold, by its name."""
 
+from foreseen.tokenizers.pixel_clusters import PixelClusters
 from foreseen.tokenizers.tokenizer import Tokenizer
 
-KINDS: dict[str, type[Tokenizer]] = {}
+KINDS: dict[str, type[Tokenizer]] = {
+    PixelClusters.kind: PixelClusters,
+}
