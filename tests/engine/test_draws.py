@@ -17,8 +17,13 @@ from tests.engine.topologies import ACCUMULATIONS, EXEMPT, GLOBAL_SIZE, WORLDS, 
 
 STEPS = 3  # 48 of 37 samples: an epoch's edge lies within a step
 METHODS = [(verb, method) for verb, method in methods() if method not in EXEMPT]
-DRAWN_ON_THE_DEVICE = {"mae": {"mask", "drop_path"}, "beit": {"drop_path"}, "supervised": {"drop_path"}}
-DRAWN_BY_WORKERS = {"mae": set[str](), "beit": {"mask"}, "supervised": {"mix", "erase"}}
+DRAWN_ON_THE_DEVICE = {
+    "vqkd": {"drop_path", "codebook"},
+    "mae": {"mask", "drop_path"},
+    "beit": {"drop_path"},
+    "supervised": {"drop_path"},
+}
+DRAWN_BY_WORKERS = {"vqkd": set[str](), "mae": set[str](), "beit": {"mask"}, "supervised": {"mix", "erase"}}
 
 
 @pytest.mark.parametrize(("verb", "method"), METHODS)

@@ -1,6 +1,6 @@
 """Every method's own command on as many ranks as the launcher starts, cut in many ways; `-m tests.engine.topologies`.
 
-Each run is one of `foreseen pretrain` or `foreseen finetune` on packed pictures, in `<job>-<ranks>x<accumulation>`.
+Each run is one of a verb's own command on packed pictures, in `<job>-<ranks>x<accumulation>`.
 """
 
 import json
@@ -39,6 +39,7 @@ _SMALL = [
     "model.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",
 ]  # fmt: skip
 _HARDER = {
+    "tokenizer": ["model.drop_path_rate=0.2", "views.scale=[0.3,1.0]"],
     "pretrain": ["model.drop_path_rate=0.2", "views.scale=[0.3,1.0]"],
     "finetune": [
         "model.drop_path_rate=0.2", "model.init_from=null", "method.mixup=0.8", "method.cutmix=1.0",
@@ -53,6 +54,7 @@ _HARDER_METHOD = {
     ],
     # Fewer patches than asked for are hidden in some images, so images count unevenly.
     "beit": ["method.mask={num_masked: 7, min_block: 4, exact: false}"],
+    "vqkd": ["method.revive_after=5"],
 }
 
 
@@ -118,7 +120,8 @@ def begin_from_the_middle(whole: Path, folder: Path) -> None:
     """A run folder as if the run had been killed after its first checkpoint."""
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / f"checkpoints/step-{STEPS}")
-    shutil.rmtree(folder / "encoder", ignore_errors=True)
+    for handed_over in ("encoder", "tokenizer"):
+        shutil.rmtree(folder / handed_over, ignore_errors=True)
 
 
 def main(out: Path, shards: Path) -> None:
