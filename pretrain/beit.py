@@ -320,7 +320,7 @@ def _tokens_view(tokenizer: Tokenizer, vit: MaskableViT, view: View) -> View | N
         view,
         name="tokens",
         size=size,
-        interpolation=tokenizer.interpolation,  # type: ignore[arg-type]
+        interpolation=tokenizer.interpolation,
         window_of=view.name,
         mean=tokenizer.mean,
         std=tokenizer.std,
