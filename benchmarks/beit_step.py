@@ -120,8 +120,8 @@ def hugging_face(name: str, images: Tensor, mask: Tensor, codes: Tensor, precisi
     config = BeitConfig(
         vocab_size=CODES, hidden_size=vit.embed_dim, num_hidden_layers=len(vit.blocks), image_size=SIZE, patch_size=16,
         num_attention_heads=vit.blocks[0].attn.num_heads, intermediate_size=4 * vit.embed_dim, use_mask_token=True,
-        use_shared_relative_position_bias=True, use_relative_position_bias=False, use_absolute_position_embeddings=False,
-        drop_path_rate=0.0, attn_implementation=attention,
+        use_shared_relative_position_bias=True, use_relative_position_bias=False, drop_path_rate=0.0,
+        use_absolute_position_embeddings=False, attn_implementation=attention,
     )  # fmt: skip
     model = BeitForMaskedImageModeling(config).to(images.device).train()
     labels = codes[mask]
@@ -179,8 +179,8 @@ def hugging_face_dvae(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 def vqkd(device: torch.device) -> VQKD:
     """The tokenizer of `vqkd_b16`, with random weights."""
-    config = load_recipe("tokenizer", "vqkd_b16")
-    tokenizer = VQKD.configured(config).to(device).eval()
+    vit = create_encoder(load_recipe("tokenizer", "vqkd_b16").model, img_size=(SIZE, SIZE)).model
+    tokenizer = VQKD.around(vit).to(device).eval()
     choose_attention(tokenizer, device)
     return tokenizer
 
@@ -231,7 +231,7 @@ def main() -> None:
     report_agreement("VQ-KD", own, small)
 
     pixels = torch.rand(args.batch, 3, 112, 112, device=device) * 0.8 + 0.1
-    dalle = DVAE.dalle().to(device).eval()
+    dalle = DVAE().to(device).eval()
     times = race(
         {
             OURS: forward(dalle.encode, pixels),
