@@ -180,7 +180,7 @@ def hugging_face_dvae(device: torch.device) -> Callable[[Tensor], Tensor]:
 def vqkd(device: torch.device) -> VQKD:
     """The tokenizer of `vqkd_b16`, with random weights."""
     vit = create_encoder(load_recipe("tokenizer", "vqkd_b16").model, img_size=(SIZE, SIZE)).model
-    tokenizer = VQKD.around(vit).to(device).eval()
+    tokenizer = VQKD.around(vit, input_size=(SIZE, SIZE), codebook_size=CODES, code_dim=32).to(device).eval()
     choose_attention(tokenizer, device)
     return tokenizer
 

@@ -120,10 +120,10 @@ HEADS = {"b16": 12, "l16": 16}
 TABLE_ROWS = 27**2 + 3
 # microsoft/unilm, beit/ and beit2/: lr at a batch of 1024, layer decay, drop path, epochs, warm-up.
 BEIT_FINETUNING = {
-    "beit_b16": (4e-3, 0.65, 0.1, 100, 20),
-    "beit_l16": (1e-3, 0.75, 0.2, 50, 5),
-    "beit2_b16": (5e-4, 0.6, 0.2, 100, 20),
-    "beit2_l16": (2e-4, 0.8, 0.2, 50, 5),
+    "vit_b16_beit": (4e-3, 0.65, 0.1, 100, 20),
+    "vit_l16_beit": (1e-3, 0.75, 0.2, 50, 5),
+    "vit_b16_beit2": (5e-4, 0.6, 0.2, 100, 20),
+    "vit_l16_beit2": (2e-4, 0.8, 0.2, 50, 5),
 }
 
 
@@ -171,7 +171,7 @@ def test_beits_published_finetuning_is_built_at_full_size(name: str) -> None:
     config = load_recipe("finetune", name, ["model.init_from=null"])
     with torch.device("meta"):
         objective = Supervised.build(config, CLASSES)
-    size = name.partition("_")[2]
+    size = name.split("_")[1]
     vit, heads = VITS[size], HEADS[size]
     # Each block has a table of its own now; `fc_norm` takes the place of `norm`.
     weights = {name: parameter.numel() for name, parameter in objective.named_parameters()}
@@ -189,9 +189,10 @@ def test_beits_published_finetuning_is_built_at_full_size(name: str) -> None:
     assert rules["model.blocks.0.attn.relative_position_bias_table"].decay
 
 
-@pytest.mark.parametrize("name", [*BEIT_FINETUNING, "beit_pets"])
+@pytest.mark.parametrize("name", [*BEIT_FINETUNING, "pets_beit"])
 def test_beits_finetuning_begins_from_its_pretraining(name: str) -> None:
-    pretraining, finetuning = load_recipe("pretrain", name), load_recipe("finetune", name)
+    *_, size, version = name.split("_")
+    pretraining, finetuning = load_recipe("pretrain", f"{version}_{size}"), load_recipe("finetune", name)
     assert finetuning.model.init_from == f"{pretraining.run.dir}/encoder"
     assert (finetuning.model.name, finetuning.views.size) == (pretraining.model.name, pretraining.views.size)
     own = {key: value for key, value in pretraining.model.args.items() if "rel_pos_bias" not in key}
