@@ -510,6 +510,7 @@ def test_a_run_goes_on_with_its_tokenizer_wherever_it_lies_and_with_no_other(
         small = recipe(
             method__tokenizer=tokenizer, run__steps=4, run__save_every=2, run__log_every=1, optim__warmup_steps=1,
             optim__warmup_epochs="null", run__epochs="null", batch__global_size=16, method__mask__min_block=4,
+            method__min_usage=0.3,
         )  # fmt: skip
         return pretrain.run(load("pretrain", "beit_b16", small, OPTIONS))
 
