@@ -165,8 +165,8 @@ class BEiT(Objective):
     def forward(self, batch: Batch, prepared: Prepared, progress: Progress) -> dict[str, Tensor]:
         """The mean cross-entropy over the hidden patches of the global batch, and how many codes are right.
 
-        "accuracy" stands beside what two guesses that know no picture would reach on the same patches: the code that is
-        most frequent there, and that of the nearest visible patch.
+        "accuracy" stands beside what two guesses without a network reach on the same patches: the code that is most
+        frequent there, and that of the nearest visible patch.
         """
         mask, codes = batch.draws["mask"], prepared.codes
         chosen = self.hidden_places(mask)

@@ -19,7 +19,8 @@ from foreseen.engine.rank_zero import on_rank_zero
 from foreseen.files import write_atomically
 from foreseen.handoff.encoder import create_encoder
 from foreseen.handoff.lineage import describe_lineage
-from foreseen.models.backbone import patch_grid
+from foreseen.models.backbone import architecture_of, patch_grid
+from foreseen.models.mask_tokens import check_maskable
 from foreseen.tokenizers.folder import TokenizerFolder, load_tokenizer, save_tokenizer
 from foreseen.tokenizers.health import Health, measure_health, refuse_unused
 from foreseen.tokenizers.looking import Cut
@@ -110,7 +111,8 @@ def _fit(config: Config, cut: Cut, folder: Path) -> list[str]:
     options = _options(config).pixel_clusters
     # A model only to ask for its patches: it must not move the draws of the one that is trained.
     with torch.random.fork_rng(devices=[]):
-        rows, columns = patch_grid(create_encoder(config.model, img_size=config.views.size).model)
+        model = create_encoder(config.model, img_size=config.views.size).model
+    rows, columns = patch_grid(check_maskable(model, architecture_of(model)[0]))
     size = (rows * options.patch, columns * options.patch)
     pictures = cut(Request(views=())).shards
     fitted = {**options.model_dump(), "size": list(size), "seed": config.seed, "pictures": pictures.fingerprint}
@@ -137,7 +139,7 @@ def _judged(found: TokenizerFolder, cut: Cut, workers: int, device: torch.device
     health, sheet = Health.from_dict(found.health), found.source / "health.png"
     if health is not None and sheet.is_file():
         pictures = cut(Request(views=())).shards
-        if health.fingerprint == pictures.fingerprint:
+        if (health.fingerprint, health.codebook_size) == (pictures.fingerprint, found.tokenizer.codebook_size):
             with Image.open(sheet) as image:
                 return health, image.convert("RGB")
     return measure_health(found.tokenizer.to(device), cut, workers=workers, device=device)

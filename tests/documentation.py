@@ -112,7 +112,8 @@ def shrunk(arguments: list[str], shards: Path, archives: Path) -> list[str]:
     }  # fmt: skip
     if config.data.path is None:
         smaller["data.path"] = shards
-    smaller |= small_method(config)
+    given = {override.partition("=")[0] for override in overrides}
+    smaller |= {key: value for key, value in small_method(config).items() if key not in given}
     if verb == "finetune":
         smaller |= {"data.shots": 2, "data.validation_fraction": 0.2}
     if "--seeds" in options:

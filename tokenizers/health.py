@@ -82,8 +82,10 @@ class Health:
     def from_dict(cls, measured: Mapping[str, Any]) -> Self | None:
         """Of health.json; None where that holds something else."""
         try:
-            return cls(**{field.name: measured[field.name] for field in fields(cls)})
-        except KeyError:
+            health = cls(**{field.name: measured[field.name] for field in fields(cls)})
+            health.sentence()
+            return health if health.usage <= 1 else None
+        except (KeyError, TypeError, ValueError, ArithmeticError):
             return None
 
     def sentence(self) -> str:

@@ -1,5 +1,7 @@
 """BEiT v1 and v2 compute what the authors' code computes, and keep what the recipe promises."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,18 +10,23 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from foreseen.commands import pretrain
 from foreseen.commands.verbs import method_options
 from foreseen.config import RECIPES, Model, load
 from foreseen.data.batch import Batch
 from foreseen.data.views import normalise
+from foreseen.engine.job import Outcome
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
 from foreseen.handoff.encoder import Preprocessing, create_encoder, load_encoder, save_encoder
 from foreseen.models.drop_path import KeyedDropPath
+from foreseen.models.recompute import recompute_activations
 from foreseen.pretrain.beit import BEiT, Prepared
 from foreseen.pretrain.beit_official import from_hugging_face, from_official
+from foreseen.tokenizers.folder import load_tokenizer
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
 from tests.tiny_tokenizer import TinyTokenizer, tiny_tokenizer
@@ -248,11 +255,12 @@ def test_the_whole_recipe_gives_the_same_however_the_batch_is_cut(build: Build) 
     def make() -> BEiT:
         return build(
             "model.drop_path_rate=0.5",
-            "method.mask={ratio: 0.4}",
+            "method.mask={num_masked: 7, min_block: 4}",
             "method.aggregate={from_block: 1}",
             args=TINY.replace("depth: 2", "depth: 3"),
         )
 
+    assert len(_masks(make(), 16).sum(1).unique()) > 1  # images count unevenly
     whole, split = drive(make, 16), drive(make, 2)
     assert loss_distance(whole, split) < 1e-13
     assert norm_distance(whole, split) < 1e-13
@@ -260,6 +268,23 @@ def test_the_whole_recipe_gives_the_same_however_the_batch_is_cut(build: Build) 
     assert not any(name.startswith("tokenizer") for name in whole.state)
     assert torch.equal(whole.state["position_counts.counts"], split.state["position_counts.counts"])
     assert whole.state["position_counts.counts"].sum() == 16 * 16  # one step of sixteen pictures of sixteen patches
+
+
+def test_activations_may_be_computed_again(build: Build) -> None:
+    gradients = []
+    for again in (False, True):
+        objective = build("model.drop_path_rate=0.5", "method.aggregate={from_block: 1, depth: 1}").double().train()
+        if again:
+            assert objective.aggregation is not None
+            for block in (*objective.vit.blocks, *objective.aggregation.blocks):
+                recompute_activations(block)
+        batch = _batch(objective)
+        batch = batch.with_images({name: images.double() for name, images in batch.images.items()})
+        (prepared,) = objective.prepare([batch], PROGRESS)
+        objective(batch, prepared, PROGRESS)["loss"].backward()
+        gradients.append({name: p.grad for name, p in objective.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
 
 
 def test_a_step_that_is_not_finite_moves_nothing(build: Build) -> None:
@@ -476,3 +501,33 @@ def test_a_tokenizer_given_as_a_module_needs_no_folder(build: Build) -> None:
     assert objective.frozen_inputs() == {}
     batch = _batch(objective)
     assert objective.prepare([batch], PROGRESS)[0].codes.shape == (6, 16)
+
+
+def test_a_run_goes_on_with_its_tokenizer_wherever_it_lies_and_with_no_other(
+    small_shards: Path, tmp_path: Path, recipe: Callable[..., list[str]]
+) -> None:
+    def run(tokenizer: Path) -> Outcome:
+        small = recipe(
+            method__tokenizer=tokenizer, run__steps=4, run__save_every=2, run__log_every=1, optim__warmup_steps=1,
+            optim__warmup_epochs="null", run__epochs="null", batch__global_size=16, method__mask__min_block=4,
+            method__min_usage=0.3,
+        )  # fmt: skip
+        return pretrain.run(load("pretrain", "beit_b16", small, OPTIONS))
+
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    assert run(tokenizer).step == 4
+    folder = tmp_path / "run"
+    (sha256,) = {load_tokenizer(tokenizer).sha256}
+    lineage = json.loads((folder / "encoder/lineage.json").read_text(encoding="utf-8"))
+    assert lineage["frozen_inputs"] == {"tokenizer": sha256}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {"loss", "accuracy", "baseline_position", "baseline_neighbour"} <= lines[-1].keys()
+    assert lines[-1]["health/codes_used"] > 0.5
+    names = load_file(folder / "checkpoints/step-4/model.safetensors").keys()
+    assert "mask_token" in names
+    assert not any(name.startswith("tokenizer") for name in names)
+
+    shutil.rmtree(folder / "checkpoints/step-4")
+    assert run(Path(shutil.move(tokenizer, tmp_path / "moved"))).step == 4
+    with pytest.raises(BadInput, match="the tokenizer changed since the run in run.dir"):
+        run(tiny_tokenizer(tmp_path / "other", seed=1))

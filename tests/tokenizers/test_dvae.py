@@ -20,7 +20,9 @@ from foreseen.tokenizers.dvae import (
     from_official,
     straight_through,
 )
+from foreseen.tokenizers.dvae_networks import Standardise
 from foreseen.tokenizers.logit_laplace import negative_log_likelihood, pixels_of
+from tests.engine.driver import STEPS, drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
 
 PROGRESS = Progress(5, 20, 5.0, 0)
@@ -31,7 +33,8 @@ def _small(**more: Any) -> DVAEObjective:
     torch.manual_seed(0)
     overrides = {
         "run.dir": "none", "views.size": 16, "method.codebook_size": 24, "method.balance_rate": 0.1,
-        "method.network": "{groups: 3, blocks: 1, width: 8, decoder_input: 8, residual_gain: 0.5}",
+        "method.kl_weight": 6.6,
+        "method.network": "{groups: 3, blocks: 1, width: 8, decoder_input: 8, residual_gain: 0.5, standardise: false}",
         **{key.replace("__", "."): value for key, value in more.items()},
     }  # fmt: skip
     config = load_recipe("tokenizer", "dvae_cpu_minutes", [f"{key}={value}" for key, value in overrides.items()])
@@ -269,6 +272,27 @@ def test_pictures_are_original_and_reconstruction() -> None:
     assert picture.dtype == torch.uint8
 
 
+def test_a_run_does_not_depend_on_accumulation() -> None:
+    def make() -> DVAEObjective:
+        return _small(method__network="{groups: 3, blocks: 1, width: 8, decoder_input: 8, standardise: true}")
+
+    whole = drive(make, 16)
+    assert len(whole.losses.unique()) == STEPS
+    for micro_size in (8, 4):
+        run = drive(make, micro_size)
+        assert loss_distance(whole, run) < 1e-12
+        assert norm_distance(whole, run) < 1e-12
+        assert weight_distance(whole, run) < 1e-10
+
+
+def test_a_step_that_is_not_finite_moves_nothing() -> None:
+    def make() -> DVAEObjective:
+        return _small(method__network="{groups: 3, blocks: 1, width: 8, decoder_input: 8, standardise: true}")
+
+    before, after = (drive(make, 8, steps=steps, spoil_step=2).state for steps in (2, 3))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -284,3 +308,26 @@ def test_bad_options_are_a_sentence(override: str, sentence: str) -> None:
     key, value = override.split("=", 1)
     with pytest.raises(BadInput, match=sentence):
         _small(**{key.replace(".", "__"): value})
+
+
+def test_standardised_features_have_the_statistics_of_the_steps_before() -> None:
+    standard = Standardise(3).double()
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64) * 2 + 1
+    standard.begin()
+    torch.testing.assert_close(standard(x), x, rtol=1e-4, atol=0)  # nothing is known yet
+    standard.begin()
+    halves = [standard(part) for part in x.chunk(2)]
+    standard.move(0, torch.tensor(True))
+    torch.testing.assert_close(torch.cat(halves), x, rtol=1e-4, atol=0)
+    assert torch.allclose(standard.mean, x.mean(dim=(0, 2, 3)))
+    assert torch.allclose(standard.variance, x.var(dim=(0, 2, 3), unbiased=False))
+    out = standard.eval()(x)
+    assert torch.allclose(out.mean(dim=(0, 2, 3)), torch.zeros(3, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(out.var(dim=(0, 2, 3), unbiased=False), torch.ones(3, dtype=torch.float64), atol=1e-4)
+    mean = standard.mean.clone()
+    standard.train()(x + 1)
+    standard.move(50, torch.tensor(True))
+    assert torch.allclose(standard.mean, mean + 0.1)
+    standard(x)
+    standard.move(51, torch.tensor(False))
+    assert torch.allclose(standard.mean, mean + 0.1)

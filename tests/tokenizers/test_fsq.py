@@ -11,6 +11,7 @@ from foreseen.data.batch import Batch
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
 from foreseen.tokenizers.fsq import FSQ, FSQObjective, Levels
+from tests.engine.driver import STEPS, drive, loss_distance, norm_distance, weight_distance
 
 PROGRESS = Progress(5, 20, 5.0, 0)
 NETWORK = {"groups": 3, "blocks": 1, "width": 8, "decoder_input": 8, "residual_gain": 0.5}
@@ -21,7 +22,7 @@ def _small(**more: Any) -> FSQObjective:
     torch.manual_seed(0)
     overrides = {
         "run.dir": "none", "views.size": 16, "method.levels": "[4, 3, 2]",
-        "method.network": "{groups: 3, blocks: 1, width: 8, decoder_input: 8, residual_gain: 0.5}",
+        "method.network": "{groups: 3, blocks: 1, width: 8, decoder_input: 8, residual_gain: 0.5, standardise: false}",
         **{key.replace("__", "."): value for key, value in more.items()},
     }  # fmt: skip
     config = load_recipe("tokenizer", "fsq_cpu_minutes", [f"{key}={value}" for key, value in overrides.items()])
@@ -123,6 +124,27 @@ def test_the_loss_falls_on_one_batch_and_codes_differ() -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.15
     assert float(objective.health()["code_perplexity"]) > 4
+
+
+def test_a_run_does_not_depend_on_accumulation() -> None:
+    def make() -> FSQObjective:
+        return _small(method__network="{groups: 3, blocks: 1, width: 8, decoder_input: 8, standardise: true}")
+
+    whole = drive(make, 16)
+    assert len(whole.losses.unique()) == STEPS
+    for micro_size in (8, 4):
+        run = drive(make, micro_size)
+        assert loss_distance(whole, run) < 1e-12
+        assert norm_distance(whole, run) < 1e-12
+        assert weight_distance(whole, run) < 1e-10
+
+
+def test_a_step_that_is_not_finite_moves_nothing() -> None:
+    def make() -> FSQObjective:
+        return _small(method__network="{groups: 3, blocks: 1, width: 8, decoder_input: 8, standardise: true}")
+
+    before, after = (drive(make, 8, steps=steps, spoil_step=2).state for steps in (2, 3))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.parametrize(

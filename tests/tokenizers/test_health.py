@@ -104,4 +104,9 @@ def test_the_folder_keeps_the_numbers_and_the_sheet(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "t/health.json").read_text(encoding="utf-8"))["used"] == 4
     with Image.open(tmp_path / "t/health.png") as shown:
         assert shown.size == sheet.size
-    assert Health.from_dict({"of": "another version"}) is None
+    for other in (
+        {"of": "another version"},
+        health.as_dict() | {"used": "all"},
+        health.as_dict() | {"codebook_size": 0},
+    ):
+        assert Health.from_dict(other) is None
