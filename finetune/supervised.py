@@ -128,7 +128,7 @@ class Supervised(Objective):
         return {"loss": loss, "top1": (logits.argmax(dim=1) == batch.label).to(logits.dtype).mean()}
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the labelled samples: how many, how many right at first and among five, and the cross-entropy."""
+        """Sums over the labelled samples: how many, right at first and among five, the cross-entropy; and logits."""
         assert batch.label is not None
         known = batch.label >= 0
         label = batch.label.clamp(min=0)
@@ -140,6 +140,7 @@ class Supervised(Objective):
             "top1": (hits[:, 0] & known).sum(),
             "top5": (hits.any(dim=1) & known).sum(),
             "loss": (loss * known).sum(),
+            "logits": logits,
         }
 
     def encoder(self) -> nn.Module:

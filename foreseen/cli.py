@@ -9,7 +9,9 @@ import typer
 from foreseen import __version__
 from foreseen.commands import (
     data,
+    embed,
     finetune,
+    predict,
     pretrain,
     probe,
     quickstart,
@@ -39,6 +41,8 @@ app.command()(tokenizer.tokenizer)
 app.command()(pretrain.pretrain)
 app.command()(probe.probe)
 app.command()(finetune.finetune)
+app.command()(predict.predict)
+app.command()(embed.embed)
 app.command()(replay.replay)
 app.command()(results.results)
 app.command()(verify_resume.verify_resume)

@@ -149,7 +149,10 @@ class Objective(nn.Module):
         return self.request
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the samples of a batch of the validation or test split, "count" among them."""
+        """Sums over the samples of a batch of the validation or test split, "count" among them.
+
+        A classifier adds its "logits", [B, K], which are not summed: reports are made of them.
+        """
         return {}
 
     def health(self) -> dict[str, Tensor]:

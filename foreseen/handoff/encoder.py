@@ -2,7 +2,7 @@
 
 `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it without this package. It holds
 
-config.json         architecture, its arguments and the preprocessing, in timm's words
+config.json         architecture, its arguments, the preprocessing and the classes' names, in timm's words
 model.safetensors   the weights, by timm's names, in float32
 lineage.json        where the weights are from: parents, data, seed, step, versions
 README.md           a short model card
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class EncoderFolder:
         licence: terms of public weights, where they say them; those of a run's own are in its lineage.
         weights: sha256 of `model.safetensors`; None for public weights.
         lineage: where it is from; empty for public weights and folders that others made.
+        label_names: of the head's classes, in their order; None where nobody wrote them down.
     """
 
     source: str
@@ -103,6 +104,7 @@ class EncoderFolder:
     licence: str | None
     weights: str | None
     lineage: dict[str, Any]
+    label_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ def load_encoder(init_from: str | Path) -> EncoderFolder:
             licence=_licence(described["pretrained_cfg"]),
             weights=weights,
             lineage=_read_lineage(folder / "lineage.json"),
+            label_names=_label_names(described),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError, SafetensorError) as error:
         what = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
@@ -223,6 +226,18 @@ def _check_described(described: Mapping[str, Any]) -> None:
         raise BadInput(f"its config.json names the architecture {architecture!r}, which is no model of timm")
     if taken := sorted(FACTORY & described.get("model_args", {}).keys()):
         raise BadInput(f"its config.json has model_args.{taken[0]}, which is no argument of a model")
+
+
+def _label_names(described: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names of a head's classes, where timm's hub files keep them."""
+    names = described.get("label_names") or described["pretrained_cfg"].get("label_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadInput("its config.json has label_names that are no list of texts")
+    if len(names) != described["num_classes"]:
+        raise BadInput(f"its config.json has {len(names)} label_names for {described['num_classes']} classes")
+    return tuple(names)
 
 
 def _read_lineage(file: Path) -> dict[str, Any]:
@@ -265,7 +280,8 @@ def _preprocessing(cfg: Mapping[str, Any]) -> Preprocessing:
 
 
 def save_encoder(
-    model: nn.Module, folder: Path, *, preprocessing: Preprocessing, lineage: Mapping[str, Any]
+    model: nn.Module, folder: Path, *, preprocessing: Preprocessing, lineage: Mapping[str, Any],
+    label_names: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
     """Write an encoder folder, in the place of an older one.
 
@@ -274,6 +290,7 @@ def save_encoder(
         folder: where to.
         preprocessing: what the encoder wants done to images.
         lineage: where the weights are from; plain values.
+        label_names: of the head's classes, in their order.
 
     Raises:
         BadInput: `folder` holds something else.
@@ -288,7 +305,7 @@ def save_encoder(
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        _write(model, new, folder.name, preprocessing, lineage)
+        _write(model, new, folder.name, preprocessing, lineage, label_names)
         _verify(model, new, preprocessing.size)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -301,7 +318,8 @@ def save_encoder(
 
 
 def _write(
-    model: nn.Module, folder: Path, name: str, preprocessing: Preprocessing, lineage: Mapping[str, Any]
+    model: nn.Module, folder: Path, name: str, preprocessing: Preprocessing, lineage: Mapping[str, Any],
+    label_names: Sequence[str] | None,
 ) -> None:  # fmt: skip
     folder.mkdir()
     state = {
@@ -309,6 +327,8 @@ def _write(
         for key, value in model.state_dict().items()
     }
     described = _config(model, preprocessing)
+    if label_names is not None:
+        described["label_names"] = list(label_names)  # where timm's own hub files have them
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
