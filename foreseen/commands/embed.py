@@ -151,7 +151,7 @@ def _facts(encoder: str, frozen: "FrozenEncoder", data: str, split: str | None) 
 
     return {
         "encoder": encoder,
-        "weights_sha256": frozen.weights,
+        "weights_sha256": frozen.sha256,
         "preprocessing": asdict(frozen.preprocessing),
         "data": masked(data),
         "split": split,

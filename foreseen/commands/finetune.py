@@ -164,7 +164,7 @@ def _finish(
     step = outcome.best_step or outcome.step
     lineage = describe_lineage(config, job.builder.shards, step, outcome.parents) | {"result": result}
     folder = config.run.dir / "encoder"
-    save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage, label_names=shards.classes)
+    save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage, class_names=shards.classes)
     accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
     if found is not None:
         what = f"Split {judged.split!r} of {judged.place}, with the weights of step {step}. {result['notes']}"

@@ -58,8 +58,9 @@ def predict(
     if out is not None and out.suffix not in _SUFFIXES:
         raise BadInput(f"--out {out} ends in {out.suffix or 'nothing'}: {' or '.join(_SUFFIXES)} says the format")
     accelerator, compute = start_alone("predict", precision)
-    classifier = frozen_classifier(run)
-    top_k = min(top_k, len(classifier.label_names))
+    inner = Path(run) / "encoder"
+    classifier = frozen_classifier(str(inner) if (inner / "config.json").is_file() else run)
+    top_k = min(top_k, classifier.num_classes)
     found = open_one_split(path, split, SourceOptions(labels="none", columns=Columns(image=image_column)), _say)
     lines = _lines(classifier, found, accelerator, compute, top_k=top_k, batch_size=batch_size, workers=workers)
     problems: list[Problem] = []
@@ -90,7 +91,8 @@ def _lines(
     from foreseen.data.views import Request, finish
     from foreseen.engine.launch import autocast, choose_attention, image_dtype
 
-    device, names = accelerator.device, classifier.label_names
+    device = accelerator.device
+    names = classifier.class_names or tuple(map(str, range(classifier.num_classes)))
     model = classifier.model.to(device)
     choose_attention(model, device)
     view = classifier.preprocessing.view()
@@ -101,7 +103,7 @@ def _lines(
             images = finish(batch, Request(views=(view,)), device, image_dtype(compute)).images[view.name]
             with torch.no_grad(), autocast(accelerator, compute):
                 logits = model(images)
-            best = logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)
+            best = logits.float().softmax(dim=1).topk(top_k, dim=1)
             columns = (batch.sample.tolist(), best.indices.tolist(), best.values.tolist())
             for sample, classes, shares in zip(*columns, strict=True):
                 top = [

@@ -2,7 +2,7 @@
 
 `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it without this package. It holds
 
-config.json         architecture, its arguments, the preprocessing and the classes' names, in timm's words
+config.json         architecture, its arguments and the preprocessing, in timm's words
 model.safetensors   the weights, by timm's names, in float32
 lineage.json        where the weights are from: parents, data, seed, step, versions
 README.md           a short model card
@@ -36,7 +36,7 @@ from foreseen.models.backbone import FACTORY, Pool, architecture_of, create_back
 from foreseen.models.initialise import Initialised, initialise
 
 PUBLIC = "timm:"
-_SET_ELSEWHERE = ("img_size", "global_pool", "fc_norm", "num_classes")
+_SET_ELSEWHERE = ("img_size", "global_pool", "fc_norm", "use_fc_norm", "num_classes")
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class EncoderFolder:
         architecture: timm's name.
         model_args: keyword arguments that build it.
         num_classes: of its head; 0 for none.
+        class_names: of its head, where they are known.
         state: its weights.
         preprocessing: what it wants done to images.
         licence: terms of public weights, where they say them; those of a run's own are in its lineage.
         weights: sha256 of `model.safetensors`; None for public weights.
         lineage: where it is from; empty for public weights and folders that others made.
-        label_names: of the head's classes, in their order; None where nobody wrote them down.
     """
 
     source: str
@@ -104,7 +104,7 @@ class EncoderFolder:
     licence: str | None
     weights: str | None
     lineage: dict[str, Any]
-    label_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def create_encoder(
         args=model.args,
     )
     marked: Any = backbone
-    marked.foreseen_parent = begin and _describe(begin)
+    marked.foreseen_parent = begin and describe_parent(begin)
     if begin is None:
         return Encoder(backbone, Preprocessing(IMAGENET_MEAN, IMAGENET_STD, "bicubic", 0.875, img_size), None)
     done = initialise(backbone, begin.state, img_size=begin.preprocessing.size, source=begin.source)
@@ -163,7 +163,8 @@ def parents_of(model: nn.Module) -> list[dict[str, Any]]:
     return [] if parent is None else [parent]
 
 
-def _describe(encoder: EncoderFolder) -> dict[str, Any]:
+def describe_parent(encoder: EncoderFolder) -> dict[str, Any]:
+    """What the lineage of later weights says of an encoder that they come from."""
     return {
         "source": encoder.source,
         "architecture": encoder.architecture,
@@ -208,7 +209,7 @@ def load_encoder(init_from: str | Path) -> EncoderFolder:
             licence=_licence(described["pretrained_cfg"]),
             weights=weights,
             lineage=_read_lineage(folder / "lineage.json"),
-            label_names=_label_names(described),
+            class_names=_class_names(described),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError, SafetensorError) as error:
         what = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
@@ -228,16 +229,13 @@ def _check_described(described: Mapping[str, Any]) -> None:
         raise BadInput(f"its config.json has model_args.{taken[0]}, which is no argument of a model")
 
 
-def _label_names(described: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The names of a head's classes, where timm's hub files keep them."""
-    names = described.get("label_names") or described["pretrained_cfg"].get("label_names")
+def _class_names(described: Mapping[str, Any]) -> tuple[str, ...] | None:
+    names = described.get("label_names")
     if names is None:
         return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise BadInput("its config.json has label_names that are no list of texts")
-    if len(names) != described["num_classes"]:
-        raise BadInput(f"its config.json has {len(names)} label_names for {described['num_classes']} classes")
-    return tuple(names)
+    if not isinstance(names, list) or len(names) != described["num_classes"]:
+        raise ValueError("label_names is no list of as many names as num_classes says")
+    return tuple(map(str, names))
 
 
 def _read_lineage(file: Path) -> dict[str, Any]:
@@ -281,7 +279,7 @@ def _preprocessing(cfg: Mapping[str, Any]) -> Preprocessing:
 
 def save_encoder(
     model: nn.Module, folder: Path, *, preprocessing: Preprocessing, lineage: Mapping[str, Any],
-    label_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
     """Write an encoder folder, in the place of an older one.
 
@@ -290,7 +288,7 @@ def save_encoder(
         folder: where to.
         preprocessing: what the encoder wants done to images.
         lineage: where the weights are from; plain values.
-        label_names: of the head's classes, in their order.
+        class_names: of the outputs of its head, where it has one and they are known.
 
     Raises:
         BadInput: `folder` holds something else.
@@ -305,7 +303,7 @@ def save_encoder(
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        _write(model, new, folder.name, preprocessing, lineage, label_names)
+        _write(model, new, folder.name, preprocessing, lineage, class_names)
         _verify(model, new, preprocessing.size)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -319,7 +317,7 @@ def save_encoder(
 
 def _write(
     model: nn.Module, folder: Path, name: str, preprocessing: Preprocessing, lineage: Mapping[str, Any],
-    label_names: Sequence[str] | None,
+    class_names: Sequence[str] | None,
 ) -> None:  # fmt: skip
     folder.mkdir()
     state = {
@@ -327,8 +325,8 @@ def _write(
         for key, value in model.state_dict().items()
     }
     described = _config(model, preprocessing)
-    if label_names is not None:
-        described["label_names"] = list(label_names)  # where timm's own hub files have them
+    if class_names is not None:
+        described["label_names"] = list(class_names)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")

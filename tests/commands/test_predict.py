@@ -42,7 +42,7 @@ def _csv(text: str) -> list[dict[str, str]]:
 
 
 def test_class_names_are_in_the_hand_off_where_timm_looks_for_them(run: Path) -> None:
-    assert load_encoder(run / "encoder").label_names == ("a", "b", "c")
+    assert load_encoder(run / "encoder").class_names == ("a", "b", "c")
     model = timm.create_model(f"local-dir:{run / 'encoder'}", pretrained=True)
     assert model.pretrained_cfg["label_names"] == ["a", "b", "c"]
 
@@ -158,7 +158,7 @@ def test_classes_without_names_are_called_by_their_numbers(run: Path, picture_fo
 
 def test_bad_input_is_a_sentence(run: Path, picture_folder: Path, small_shards: Path, tmp_path: Path) -> None:
     for change, sentence in (
-        ({"label_names": ["a"]}, "1 label_names for 3 classes"),
+        ({"label_names": ["a"]}, "as many names"),
         ({"label_names": "a"}, "no list"),
     ):
         shutil.copytree(run / "encoder", tmp_path / "spoiled", dirs_exist_ok=True)
@@ -187,5 +187,5 @@ def test_an_encoder_without_a_head_is_refused(picture_folder: Path, tmp_path: Pa
     model = create_backbone("vit_tiny_patch16_224", img_size=(32, 32), args=args)
     seen = Preprocessing((0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, (32, 32))
     save_encoder(model, tmp_path / "encoder", preprocessing=seen, lineage={})
-    with pytest.raises(BadInput, match="without a classifier: fine-tune it first"):
+    with pytest.raises(BadInput, match="has no classes yet: fine-tune it first"):
         _predict(tmp_path / "encoder", picture_folder)
