@@ -7,7 +7,7 @@ scratch: the control is the same code.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from foreseen.data.views import Draw, Request, View, configured_view, denormalis
 from foreseen.device_keys import subkey
 from foreseen.engine.objective import Objective, ParameterRule, Progress
 from foreseen.finetune.augment import EraseBox, RandAugment, erase
+from foreseen.finetune.freeze import freeze, frozen_modules, frozen_parameters
 from foreseen.finetune.layer_decay import parameter_rules
 from foreseen.finetune.mixing import PairMix, mix, soft_targets
 from foreseen.handoff.encoder import Preprocessing, create_encoder
@@ -46,6 +47,9 @@ class SupervisedOptions(MethodOptions):
     """Share of the pairs of images that are mixed, by either."""
     switch_prob: float = Field(0.5, ge=0, le=1)
     """Share of the mixed pairs that get CutMix, where both are on."""
+    freeze: Literal["embeddings"] | Annotated[int, Field(ge=1)] | None = None
+    """What stays as it was begun: the "embeddings" (patches, positions, tokens; a CNN's stem), or those and so many
+    blocks from there on. It is not trained, has no drop path, and its BatchNorm keeps its statistics."""
     head_init_std: float = Field(2e-5, gt=0)
     """Of a new head on an encoder; from scratch the head is drawn as timm draws it."""
 
@@ -86,6 +90,7 @@ class Supervised(Objective):
             )
             draws.append(Draw("mix", draw, group=2))
         self._request = Request(views=(view,), draws=tuple(draws), labels=True)
+        self.frozen = frozen_parameters(model, options.freeze)
 
     @classmethod
     def build(cls, config: Config, num_classes: int) -> "Supervised":
@@ -149,7 +154,15 @@ class Supervised(Objective):
 
     def parameter_rules(self, layer_decay: float | None) -> Mapping[str, ParameterRule]:
         """MAE's layer decay; see `foreseen.finetune.layer_decay`."""
-        return {f"model.{name}": rule for name, rule in parameter_rules(self.model, layer_decay).items()}
+        rules = freeze(parameter_rules(self.model, layer_decay), self.frozen)
+        return {f"model.{name}": rule for name, rule in rules.items()}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; what is frozen stays as in evaluation."""
+        super().train(mode)
+        for module in frozen_modules(self.model, self.frozen):
+            module.eval()
+        return self
 
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """What the network is shown: [N, 3, H, W] uint8."""

@@ -69,7 +69,7 @@ class ParameterRule:
 
     Attributes:
         decay: whether weight decay applies.
-        lr_scale: factor on the lr; layer decay makes it less than 1 towards the input.
+        lr_scale: factor on the lr; layer decay makes it less than 1 towards the input, and 0 freezes for good.
         frozen_steps: for so many first steps the lr is zero; `requires_grad` must not be used for that.
     """
 
