@@ -8,6 +8,8 @@ checkpoints/       step-<n>/
 ledger/            which samples each step consumed, with run.ledger
 PREEMPTED          the run was told to stop before its end, and saved
 encoder/           the hand-off
+result.json        the scores of fine-tuning
+report/            what a fine-tuned classifier gets wrong
 """
 
 import errno

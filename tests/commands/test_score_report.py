@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,3 +179,21 @@ def test_samples_without_a_label_are_counted_and_the_first_is_named(small_shards
     data = _relabelled(small_shards, tmp_path / "set", "train", forget)
     said = _finetune(small_recipe(tmp_path / "run", data, **SHORT))
     assert re.search(r"2 of the 37 pictures of split 'train' have no label .* train-000000.tar: sample 5 \(key", said)
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_reports(small_shards: Path, tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        more = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+        overrides = small_recipe(tmp_path / str(ranks), small_shards, **SHORT, data__balance="sqrt", method__freeze=1)
+        command = [sys.executable, *(more if ranks == 2 else []), "-m", "foreseen", "finetune", "cpu_minutes"]
+        done = subprocess.run(
+            [*command, *overrides], capture_output=True, text=True, timeout=300, check=False,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("what it gets wrong:") == 1
+    for name in ("confusion.csv", "classes.csv"):
+        assert (tmp_path / "1/report" / name).read_bytes() == (tmp_path / "2/report" / name).read_bytes()
+    one, two = (_rows(tmp_path / ranks / "report/mistakes.csv") for ranks in "12")
+    assert [row["path"] for row in one] == [row["path"] for row in two]
