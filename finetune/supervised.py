@@ -1,8 +1,9 @@
-"""Supervised fine-tuning of a whole backbone on labelled images, by MAE's recipe.
+"""Supervised fine-tuning of a whole backbone on labelled images, by MAE's recipe and by BEiT's.
 
-He et al. 2022, arXiv:2111.06377, table 9; facebookresearch/mae at efb2a80, main_finetune.py and models_vit.py, whose
-logits and parameter groups this file reproduces (tests/finetune/test_supervised.py). The same class trains from
-scratch: the control is the same code.
+He et al. 2022, arXiv:2111.06377, table 9; facebookresearch/mae at efb2a80, main_finetune.py and models_vit.py; Bao et
+al. 2021, arXiv:2106.08254; microsoft/unilm at 768a3c8, beit/run_class_finetuning.py and modeling_finetune.py. Their
+logits and parameter groups this file reproduces (tests/finetune/test_supervised.py, test_beit.py). The same class
+trains from scratch: the control is the same code.
 """
 
 from collections.abc import Mapping
@@ -51,7 +52,9 @@ class SupervisedOptions(MethodOptions):
     """What stays as it was begun: the "embeddings" (patches, positions, tokens; a CNN's stem), or those and so many
     blocks from there on. It is not trained, has no drop path, and its BatchNorm keeps its statistics."""
     head_init_std: float = Field(2e-5, gt=0)
-    """Of a new head on an encoder; from scratch the head is drawn as timm draws it."""
+    """Of a new head on an encoder: of MAE, and of BEiT (0.02 × 0.001); from scratch it is drawn as timm draws it."""
+    decay_relative_positions: bool = True
+    """Whether a BEiT's tables of relative positions have weight decay."""
 
     @property
     def mixes(self) -> bool:
@@ -117,7 +120,7 @@ class Supervised(Objective):
 
     def evaluation_request(self) -> Request:
         """The middle of each image and its label."""
-        return Request(views=(replace(self.view, crop="centre", flip=0.0, transform=None),), labels=True)
+        return Request(views=(replace(self.view, crop="centre", flip=0.0, transform=None, colour=None),), labels=True)
 
     def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
         """The cross-entropy with mixed and smoothed labels."""
@@ -153,9 +156,10 @@ class Supervised(Objective):
         return self.model
 
     def parameter_rules(self, layer_decay: float | None) -> Mapping[str, ParameterRule]:
-        """MAE's layer decay; see `foreseen.finetune.layer_decay`."""
-        rules = freeze(parameter_rules(self.model, layer_decay), self.frozen)
-        return {f"model.{name}": rule for name, rule in rules.items()}
+        """MAE's and BEiT's layer decay; see `foreseen.finetune.layer_decay`."""
+        decayed = self.options.decay_relative_positions
+        rules = parameter_rules(self.model, layer_decay, decay_relative_positions=decayed)
+        return {f"model.{name}": rule for name, rule in freeze(rules, self.frozen).items()}
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; what is frozen stays as in evaluation."""

@@ -11,6 +11,7 @@ from foreseen.commands import (
     data,
     embed,
     finetune,
+    import_,
     predict,
     pretrain,
     probe,
@@ -43,6 +44,7 @@ app.command()(probe.probe)
 app.command()(finetune.finetune)
 app.command()(predict.predict)
 app.command()(embed.embed)
+app.command("import")(import_.import_)
 app.command()(replay.replay)
 app.command()(results.results)
 app.command()(verify_resume.verify_resume)

@@ -162,7 +162,8 @@ def _finish(
         return
     seen = Preprocessing.of_view(objective.evaluation_request().views[0])
     step = outcome.best_step or outcome.step
-    lineage = describe_lineage(config, job.builder.shards, step, outcome.parents) | {"result": result}
+    frozen_inputs = objective.frozen_inputs()
+    lineage = describe_lineage(config, job.builder.shards, step, outcome.parents, frozen_inputs) | {"result": result}
     folder = config.run.dir / "encoder"
     save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage, class_names=shards.classes)
     accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")

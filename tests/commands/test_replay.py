@@ -75,6 +75,15 @@ def test_a_replay_of_mae_names_the_picture_that_is_not_finite(recipe: Recipe, sp
     assert before == sorted(path for path in bundle.parents[1].rglob("*") if bundle not in path.parents)
 
 
+def test_a_replay_of_beit_finds_the_tokenizer_of_its_run(recipe: Recipe, spoil: Any, tmp_path: Path) -> None:
+    spoil(float("nan"))
+    bundle = _train("pretrain", "beit_cpu_minutes", recipe, method__pixel_clusters="{clusters: 16}")
+    for options in ([], ["--out", tmp_path / "elsewhere"]):
+        result = _foreseen("replay", bundle, *options)
+        assert result.exit_code == 0, result.output
+        assert "reproduced, bit for bit" in result.output
+
+
 @pytest.mark.slow
 def test_a_healthy_run_of_mae_leaves_no_bundle(recipe: Recipe, tmp_path: Path) -> None:
     overrides = recipe(run__steps=250, optim__warmup_steps=100, batch__global_size=8)
@@ -122,7 +131,9 @@ def test_a_replay_with_other_pictures_or_of_an_unknown_command_is_refused(
         _foreseen("replay", bundle, "--data", changed)
     content = json.loads((bundle / "bundle.json").read_text(encoding="utf-8")) | {"verb": "paint"}
     (bundle / "bundle.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(BadInput, match="the bundle is of foreseen paint, and tokenizer, pretrain, finetune can be replayed"):
+    with pytest.raises(
+        BadInput, match="the bundle is of foreseen paint, and tokenizer, pretrain, finetune can be replayed"
+    ):
         _foreseen("replay", bundle)
 
 
