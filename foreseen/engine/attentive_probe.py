@@ -27,7 +27,7 @@ from foreseen.engine.labelled import TrainedProbe, accuracy, hits
 from foreseen.errors import BadInput
 from foreseen.keys import stream_constant
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 WEIGHT_DECAYS = (0.01, 0.1)
 _BATCH = 128
 _EPOCHS = 20
