@@ -52,6 +52,7 @@ class SteppedOptimizer:
         self.skips_on_device = bool(self.optimizer.defaults.get("fused"))
         self.waits_for_device = not self.skips_on_device and any(p.device.type != "cpu" for p in trained.values())
         self._settings = set(self.optimizer.param_groups[0])
+        self._frozen = [trained[name] for name, rule in rules.items() if rule.lr_scale == 0.0]
 
     def _groups(self, trained: dict[str, nn.Parameter], rules: Mapping[str, ParameterRule]) -> list[dict[str, Any]]:
         by_rule: dict[ParameterRule, list[nn.Parameter]] = {}
@@ -73,6 +74,11 @@ class SteppedOptimizer:
             warmup_steps=optim.warmup_steps or 0,
             total_steps=self._total_steps,
         )
+
+    def drop_frozen(self) -> None:
+        """Forget the gradients of what never moves: they are not clipped, judged or remembered."""
+        for parameter in self._frozen:
+            parameter.grad = None
 
     def step(self, step: int, finite: Tensor) -> None:
         """Make update number `step` with the gradients at hand, unless they are not finite.
