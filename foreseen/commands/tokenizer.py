@@ -44,7 +44,8 @@ def run(config: "Config") -> "Outcome":
                 say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
             else:
                 folder = config.run.dir / "tokenizer"
-                lineage = describe_lineage(config, pictures, outcome.step, outcome.parents)
+                frozen_inputs = job.objective.frozen_inputs()
+                lineage = describe_lineage(config, pictures, outcome.step, outcome.parents, frozen_inputs)
                 save_tokenizer(job.objective.tokenizer, folder, lineage=lineage)
                 say(f"tokenizer: {folder}   foreseen pretrain beit_b16 method.tokenizer={folder}")
     return outcome

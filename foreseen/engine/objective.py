@@ -144,6 +144,13 @@ class Objective(nn.Module):
             if parameter.requires_grad
         }
 
+    def frozen_inputs(self) -> Mapping[str, str]:
+        """Checksums of the frozen networks that its targets come from, by what they are ("tokenizer", "teacher").
+
+        They are no part of a checkpoint; going on with others would be another run, and is refused.
+        """
+        return {}
+
     def evaluation_request(self) -> Request:
         """What `evaluate` wants of each sample."""
         return self.request

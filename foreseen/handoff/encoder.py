@@ -36,7 +36,7 @@ from foreseen.models.backbone import FACTORY, Pool, architecture_of, create_back
 from foreseen.models.initialise import Initialised, initialise
 
 PUBLIC = "timm:"
-_SET_ELSEWHERE = ("img_size", "global_pool", "fc_norm", "num_classes")
+_SET_ELSEWHERE = ("img_size", "global_pool", "fc_norm", "use_fc_norm", "num_classes")
 
 
 @dataclass(frozen=True)
