@@ -70,6 +70,10 @@ def config_of(verb: Verb, method: str, shards: Path, folder: Path, topology: Top
     overrides = [*_SMALL, *_HARDER[verb], *own]
     if method == "mae":
         overrides.append("method.decoder={embed_dim: 32, depth: 1, num_heads: 2}")
+        overrides.append(
+            "views.colour={jitter: {brightness: 0.4, contrast: 0.4, saturation: 0.2, hue: 0.1, probability: 0.8}, "
+            "grey: 0.2, blur: {probability: 0.5}, solarise: {probability: 0.2}}"
+        )
     return load_recipe(verb, recipes[0], overrides)
 
 
