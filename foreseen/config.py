@@ -102,6 +102,9 @@ class Data(Section):
     `block_shards`, so that few shards are needed at a time. Another order is another run."""
     block_shards: int = Field(16, ge=1)
     """Shards in a block: the larger, the better mixed."""
+    repeats: int = Field(1, ge=1)
+    """How often each sample stands in a global batch, augmented anew each time; DeiT takes 3. An epoch then sees one
+    sample in so many."""
     samples: int | None = Field(None, ge=1)
     """Of a stream: samples that make an epoch; null makes the whole run one, and needs `run.steps`."""
     shuffle_buffer: int = Field(1000, ge=1)
@@ -232,6 +235,9 @@ class Views(Section):
     """Probability of a horizontal flip."""
     rand_augment: str | None = None
     """RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`."""
+    three_augment: float | None = Field(None, ge=0, lt=1)
+    """DeiT III's 3-Augment instead: one of grey, solarise and blur, then brightness, contrast and saturation changed by
+    so much at most; the paper's is 0.3."""
     erase: float = Field(0.0, ge=0, le=1)
     """Probability of random erasing, with normal noise per pixel."""
     colour: Colour | None = None
@@ -239,6 +245,8 @@ class Views(Section):
     mean: tuple[float, float, float] | None = None
     """Channel means to normalise by, for pixels in [0, 1]; null takes the encoder's, else ImageNet's."""
     std: tuple[float, float, float] | None = None
+    centre_fraction: float | None = Field(None, gt=0, le=1)
+    """Share of the resized picture's side that fine-tuning evaluates on; null is 0.875 up to 224 px, and 1 above."""
 
     @field_validator("size", mode="before")
     @classmethod
@@ -253,6 +261,8 @@ class Views(Section):
             raise ValueError(f"views.scale must be two rising shares in (0, 1], got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"views.ratio must be two rising positive numbers, got {self.ratio}")
+        if self.rand_augment is not None and self.three_augment is not None:
+            raise ValueError("views.rand_augment and views.three_augment are both given; set one of them to null")
         return self
 
 
@@ -344,6 +354,10 @@ class MethodOptions(Section):
     has_backbone: ClassVar[bool] = True
     """Whether it trains a timm model, which `model` names."""
     name: str
+
+    def control(self) -> "MethodOptions | None":
+        """What the method is held against, in the place of starting from scratch: the same without what it adds."""
+        return None
 
 
 class Config(Section):

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from accelerate import Accelerator
 
     from foreseen.config import Config
@@ -90,7 +92,7 @@ def run(config: "Config") -> "Outcome":
         if outcome.preempted:
             say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
         else:
-            _finish(job, outcome, accelerator, size)
+            _finish(job, outcome, accelerator, size, shards.classes)
     return outcome
 
 
@@ -106,7 +108,7 @@ def make_job(config: "Config", shards: "ShardSet") -> "Job":
     from foreseen.finetune.methods import METHODS
     from foreseen.handoff.encoder import parents_of
 
-    objective = METHODS[config.method.name].build(config, shards.num_classes)
+    objective = METHODS[config.method.name].build(config, shards.num_classes, shards.classes)
     builder = BatchBuilder.configured(shards, objective.request, config)
     parents = parents_of(objective.encoder())
     return Job(config, objective, builder, subset=_subsets(config, shards).train, parents=parents, verb="finetune")
@@ -152,7 +154,9 @@ def _look_at_test(config: "Config", accelerator: "Accelerator") -> None:
         )
 
 
-def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int) -> None:
+def _finish(
+    job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int, class_names: "Sequence[str] | None"
+) -> None:  # fmt: skip
     """Take the checkpoint that validation chose, read the test split with it, and hand it over."""
     from functools import partial
 
@@ -175,7 +179,7 @@ def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: in
     frozen_inputs = objective.frozen_inputs()
     lineage = describe_lineage(config, job.builder.shards, step, outcome.parents, frozen_inputs) | {"result": result}
     folder = config.run.dir / "encoder"
-    save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
+    save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage, class_names=class_names)
     accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
 
 

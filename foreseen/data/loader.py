@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from foreseen.config import Config
 from foreseen.data.batch import Batch, BatchLayout, Problem
 from foreseen.data.decode import MAX_PIXELS, decode
-from foreseen.data.order import BlockOrder, Order, SampleOrder
+from foreseen.data.order import BlockOrder, Order, RepeatedOrder, SampleOrder
 from foreseen.data.shards import CorruptSample, ShardSet
 from foreseen.data.store import MAX_BYTES
 from foreseen.data.views import Request, ViewCutter
@@ -46,13 +46,14 @@ class BatchBuilder:
         seed: of the run.
         fast_decode: use torchcodec for the JPEGs that it is safe for, where it is installed.
         block_shards: shards that the order takes its samples from at a time; None for all.
+        repeats: how often each sample stands in a global batch.
         checksums: take a checksum of all that is made of each sample.
         max_pixels, max_bytes: of one picture; larger ones are unreadable, by their headers.
     """
 
     def __init__(
         self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True,
-        block_shards: int | None = None, checksums: bool = False, max_pixels: int = MAX_PIXELS,
+        block_shards: int | None = None, repeats: int = 1, checksums: bool = False, max_pixels: int = MAX_PIXELS,
         max_bytes: int = MAX_BYTES,
     ) -> None:  # fmt: skip
         if request.labels and shards.labels is None:
@@ -64,6 +65,7 @@ class BatchBuilder:
         self.seed = seed
         self.fast_decode = fast_decode
         self.block_shards = block_shards
+        self.repeats = repeats
         self.checksums = checksums
         self.max_pixels, self.max_bytes = max_pixels, max_bytes
 
@@ -73,7 +75,7 @@ class BatchBuilder:
         data = config.data
         return cls(
             shards, request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block,
-            checksums=config.run.ledger == "pixels", max_pixels=data.max_pixels, max_bytes=data.max_bytes,
+            repeats=data.repeats, checksums=config.run.ledger == "pixels", max_pixels=data.max_pixels, max_bytes=data.max_bytes,
         )  # fmt: skip
 
     def feed(
@@ -211,6 +213,9 @@ class StreamDataset(Dataset[Batch]):
                 self.subset = np.sort(subset)
             counts = _samples_taken(builder.shards.shard_samples, self.subset)
             self.order = BlockOrder(builder.seed, counts, builder.block_shards)
+        self._blocks = self.order if isinstance(self.order, BlockOrder) else None
+        if builder.repeats > 1:
+            self.order = RepeatedOrder(self.order, builder.repeats, layout.global_size)
 
     @property
     def num_samples(self) -> int:
@@ -234,8 +239,9 @@ class StreamDataset(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self.layout.accumulation)
         positions = self.layout.positions(step, self.rank, micro)
-        if isinstance(self.order, BlockOrder):
-            self.builder.shards.expect(self.order.shards_ahead(int(positions[-1])))
+        if self._blocks is not None:
+            last = positions[-1:] if not isinstance(self.order, RepeatedOrder) else self.order.places(positions[-1:])
+            self.builder.shards.expect(self._blocks.shards_ahead(int(last[0])))
         samples = self.order.samples(positions)
         return self.builder.build(positions, samples if self.subset is None else self.subset[samples], self.subset)
 

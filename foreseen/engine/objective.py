@@ -83,9 +83,11 @@ class Objective(nn.Module):
 
     Attributes:
         group: micro-batches must hold a multiple of so many consecutive positions.
+        notes: what the user should know of how it was put together, said once when a run starts.
     """
 
     group: int = 1
+    notes: Sequence[str] = ()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the networks that are trained; teachers and tokenizers, which are not, stay as in evaluation.

@@ -16,7 +16,8 @@ _FREE = {
     "data.columns.split", "data.test_fraction", "data.workers", "data.max_bad_fraction", "data.shards_at", "data.fetch",
     "data.cache_dir", "data.cache_gb", "data.order", "data.block_shards", "data.samples", "data.shuffle_buffer",
     "data.allow_shell_urls", "optim.warmup_epochs",
-    "batch.micro_size", "model.init_from", "method.tokenizer", "compute.compile", "compute.checkpoint_activations",
+    "batch.micro_size", "model.init_from", "method.tokenizer", "method.teacher", "compute.compile",
+    "compute.checkpoint_activations",
     # These matter to a run that goes wrong, whose owner may then want to change them.
     "run.recorder", "run.explode_factor", "run.rewind_after",
 }  # fmt: skip

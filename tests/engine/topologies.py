@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from foreseen.commands.verbs import VERBS, Verb, command_of, load_recipe, method_options
 from foreseen.config import Config, recipe_names
+from tests.tiny_teacher import tiny_teacher
 
 if TYPE_CHECKING:
     from tests.engine.driver import History
@@ -74,6 +75,8 @@ def config_of(verb: Verb, method: str, shards: Path, folder: Path, topology: Top
             "views.colour={jitter: {brightness: 0.4, contrast: 0.4, saturation: 0.2, hue: 0.1, probability: 0.8}, "
             "grey: 0.2, blur: {probability: 0.5}, solarise: {probability: 0.2}}"
         )
+    if method in ("distill", "feature_distill"):
+        overrides.append(f"method.teacher={tiny_teacher()}")
     return load_recipe(verb, recipes[0], overrides)
 
 
