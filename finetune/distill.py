@@ -48,10 +48,10 @@ class DistillOptions(SupervisedOptions):
     """Soft distillation is a mean over the "images", as the paper writes it; "logits" divides by the classes as well,
     as the authors' code does."""
 
-    def control(self) -> SupervisedOptions:
-        """The same training on labels alone."""
+    def control(self) -> tuple[SupervisedOptions, str]:
+        """The same training on labels alone, and the teacher."""
         shared = {key: getattr(self, key) for key in SupervisedOptions.model_fields if key != "name"}
-        return SupervisedOptions(**shared)
+        return SupervisedOptions(**shared), self.teacher
 
 
 class Distill(Supervised):

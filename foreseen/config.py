@@ -355,8 +355,8 @@ class MethodOptions(Section):
     """Whether it trains a timm model, which `model` names."""
     name: str
 
-    def control(self) -> "MethodOptions | None":
-        """What the method is held against, in the place of starting from scratch: the same without what it adds."""
+    def control(self) -> "tuple[MethodOptions, str] | None":
+        """The same method without the network that it learns from, and where that lies; None if it learns from none."""
         return None
 
 

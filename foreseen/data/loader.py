@@ -75,7 +75,8 @@ class BatchBuilder:
         data = config.data
         return cls(
             shards, request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block,
-            repeats=data.repeats, checksums=config.run.ledger == "pixels", max_pixels=data.max_pixels, max_bytes=data.max_bytes,
+            repeats=data.repeats, checksums=config.run.ledger == "pixels", max_pixels=data.max_pixels,
+            max_bytes=data.max_bytes,
         )  # fmt: skip
 
     def feed(

@@ -184,7 +184,8 @@ class RepeatedOrder:
         """The position of the other order that each position repeats: [B] int64 -> [B] int64."""
         distinct = -(-self.global_size // self.repeats)
         steps, within = np.divmod(positions, self.global_size)
-        return steps * distinct + within % distinct
+        places: Positions = steps * distinct + within % distinct
+        return places
 
 
 def _permute(key: int, n: int, places: Positions) -> Positions:

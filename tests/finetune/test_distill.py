@@ -14,7 +14,7 @@ from foreseen.data.views import finish
 from foreseen.device_keys import as_tensor
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
-from foreseen.finetune.distill import Distill, from_official
+from foreseen.finetune.distill import from_official
 from foreseen.finetune.methods import METHODS
 from foreseen.finetune.mixing import scale_mixing
 from foreseen.finetune.supervised import Supervised
@@ -246,7 +246,9 @@ def test_a_distilled_student_is_scored_and_handed_on_by_the_mean_of_both_heads(t
 
 def test_the_control_is_the_same_student_on_labels_alone():
     config = recipe(model={"name": DISTILLED}, method={"mixup": 0.3})
-    control = config.model_copy(update={"method": config.method.control()})
+    method, teacher = config.method.control()
+    assert teacher == str(tiny_teacher())
+    control = config.model_copy(update={"method": method})
     assert control.method.name == "supervised"
     assert (control.method.mixup, control.method.pool) == (0.3, None)
     torch.manual_seed(0)
