@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from foreseen.config import Config, MethodOptions
 from foreseen.engine.objective import Objective
+from foreseen.pretrain.distill import FeatureDistill, FeatureDistillOptions
 from foreseen.pretrain.mae import MAE, MAEOptions
 
 
@@ -18,4 +19,5 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "mae": Method(MAEOptions, MAE.build),
+    "feature_distill": Method(FeatureDistillOptions, FeatureDistill.build),
 }
