@@ -17,8 +17,8 @@ from tests.engine.topologies import ACCUMULATIONS, EXEMPT, GLOBAL_SIZE, WORLDS, 
 
 STEPS = 3  # 48 of 37 samples: an epoch's edge lies within a step
 METHODS = [(verb, method) for verb, method in methods() if method not in EXEMPT]
-DRAWN_ON_THE_DEVICE = {"mae": {"mask", "drop_path"}, "supervised": {"drop_path"}}
-DRAWN_BY_WORKERS = {"mae": set[str](), "supervised": {"mix", "erase"}}
+DRAWN_ON_THE_DEVICE = {"mae": {"mask", "drop_path"}, "supervised": {"drop_path"}, "distill": {"drop_path", "erase"}}
+DRAWN_BY_WORKERS = {"mae": set[str](), "supervised": {"mix", "erase"}, "distill": {"mix", "erase", "teacher"}}
 
 
 @pytest.mark.parametrize(("verb", "method"), METHODS)
