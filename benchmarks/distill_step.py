@@ -116,8 +116,8 @@ def main() -> None:
 
     names = ("with the teacher", "student on labels", "the teacher's forward")
     times = race(dict(zip(names, (distillation, labels, forward), strict=True)), args.rounds, device)
-    print(f"{args.student} from {args.teacher}, {args.precision}, batch {args.batch}, {torch.get_num_threads()} threads, "
-          f"{device}, median of {args.rounds} rounds")  # fmt: skip
+    print(f"{args.student} from {args.teacher}, {args.precision}, batch {args.batch}, {device}, "
+          f"{torch.get_num_threads()} threads, median of {args.rounds} rounds")  # fmt: skip
     for name, seconds in times.items():
         print(f"  {name:24} {1000 * statistics.median(seconds):9.1f} ms")
     ratios = [whole / (one + two) for whole, one, two in zip(*(times[name] for name in names), strict=True)]

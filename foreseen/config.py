@@ -230,6 +230,9 @@ class Views(Section):
     """Smallest and largest share of the image's area that a crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Narrowest and widest aspect ratio of a crop."""
+    simple_crop: bool = False
+    """DeiT III's simple random crop instead: the picture is resized until it covers the size, and shifted by what is
+    left over and 4 pixels; `scale` and `ratio` are then not used."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
