@@ -215,6 +215,8 @@ def test_a_distilled_student_is_compared_with_itself_on_labels_alone(recipe: Rec
     }
     assert {method for name, method in names.items() if name != "distilled"} == {"supervised"}
     assert names["distilled"] == "distill"
+    student = json.loads((study / "distilled/seed-0/encoder/config.json").read_text(encoding="utf-8"))
+    assert student["label_names"] == list(CLASSES)  # it can be a teacher itself
     assert "Did distillation help?" in (teacher / "README.md").read_text(encoding="utf-8")
 
 
