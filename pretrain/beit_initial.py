@@ -6,6 +6,7 @@ Source: microsoft/unilm at 768a3c8, beit/modeling_pretrain.py and beit2/modeling
 import math
 from collections.abc import Iterable
 
+import torch
 from timm.layers import LayerScale
 from timm.models.beit import Block
 from torch import Tensor, nn
@@ -47,18 +48,21 @@ def draw_normal(weight: Tensor) -> None:
 def shrink(blocks: Iterable[nn.Module], first: int) -> None:
     """Divide what a block adds to its tokens by sqrt(2 l), where l counts on from `first`."""
     for number, block in enumerate(blocks, first):
-        for name in ("attn.proj", "mlp.fc2"):
-            block.get_submodule(name).weight.data.div_(math.sqrt(2.0 * number))  # type: ignore[operator, union-attr]
+        for name, layer in block.named_modules():
+            if name in ("attn.proj", "mlp.fc2"):
+                assert isinstance(layer, nn.Linear)
+                with torch.no_grad():
+                    layer.weight.div_(math.sqrt(2.0 * number))
 
 
 def begin_anew(block: nn.Module) -> None:
-    """Draw a copy of a trained block afresh, by torch's defaults, which is what the authors' extra blocks begin with."""
+    """Draw a copy of a block afresh, by torch's defaults: so the authors' extra blocks begin."""
     for part in block.modules():
         if isinstance(part, nn.Linear | nn.LayerNorm):
             part.reset_parameters()
         elif isinstance(part, LayerScale):
             nn.init.constant_(part.gamma, part.init_values)
-        elif isinstance(part, Block) and part.gamma_1 is not None:
+        elif isinstance(part, Block) and part.init_values:
             nn.init.constant_(part.gamma_1, part.init_values)
             nn.init.constant_(part.gamma_2, part.init_values)
     for name, parameter in block.named_parameters():

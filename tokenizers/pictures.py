@@ -53,16 +53,17 @@ def strip(pixels: Tensor, codes: Tensor, codebook_size: int, reconstruction: Ten
         [B, 3, H, 2 * W + 2] uint8, or [B, 3, H, 3 * W + 4] with reconstructions: a white gap stands between two.
     """
     size = (pixels.shape[-2], pixels.shape[-1])
-    parts = [_as_uint8(pixels)]
+    parts = [as_uint8(pixels)]
     if reconstruction is not None:
         if reconstruction.shape[-2:] != pixels.shape[-2:]:
             reconstruction = F.interpolate(reconstruction.float(), size=size, mode="bilinear", antialias=True)
-        parts.append(_as_uint8(reconstruction))
+        parts.append(as_uint8(reconstruction))
     parts.append(code_map(codes, codebook_size, size))
     gap = torch.full((len(pixels), 3, size[0], _GAP), _WHITE, dtype=torch.uint8, device=pixels.device)
     spaced = [part for each in parts for part in (each, gap)]
     return torch.cat(spaced[:-1], dim=3)
 
 
-def _as_uint8(pixels: Tensor) -> Tensor:
+def as_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] as pictures hold them."""
     return (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8)

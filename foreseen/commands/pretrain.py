@@ -34,15 +34,19 @@ def run(config: "Config") -> "Outcome":
         config: of the verb "pretrain".
     """
     from dataclasses import replace
+    from functools import partial
 
     from foreseen.commands.session import open_training_pictures, record_config, session
     from foreseen.engine.train import train
     from foreseen.handoff.encoder import Preprocessing, save_encoder
     from foreseen.handoff.lineage import describe_lineage
+    from foreseen.pretrain.methods import METHODS
 
     with session(config) as (accelerator, say):
         pictures = open_training_pictures(config, accelerator)
         config = config.with_length(len(pictures))
+        if (ready := METHODS[config.method.name].ready) is not None:
+            config = ready(config, partial(_builder, config, pictures), accelerator)
         record_config(config, accelerator)
         job = make_job(config, pictures)
         objective = job.objective

@@ -16,7 +16,7 @@ _FREE = {
     "data.columns.split", "data.test_fraction", "data.workers", "data.max_bad_fraction", "data.shards_at", "data.fetch",
     "data.cache_dir", "data.cache_gb", "data.order", "data.block_shards", "data.samples", "data.shuffle_buffer",
     "data.allow_shell_urls", "optim.warmup_epochs",
-    "batch.micro_size", "model.init_from", "method.tokenizer", "method.teacher", "compute.compile",
+    "batch.micro_size", "model.init_from", "method.tokenizer", "method.min_usage", "method.teacher", "compute.compile",
     "compute.checkpoint_activations",
     # These matter to a run that goes wrong, whose owner may then want to change them.
     "run.recorder", "run.explode_factor", "run.rewind_after",
@@ -119,10 +119,10 @@ def _check_same_frozen(config: Config, now: Mapping[str, str], then: Mapping[str
     """Where a tokenizer or a teacher lies is free; what it holds is not."""
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) != then.get(name):
-            before, found = (f"sha256 {one[name][:8]}…" if name in one else "none" for one in (then, now))
+            before, found = (f"{one[name][:8]}…" if name in one else "none" for one in (then, now))
             raise BadInput(
-                f"the {name} changed since the run in run.dir {config.run.dir} was begun: it was {before} and is "
-                f"{found}; bring the old one back, or take another run.dir"
+                f"the {name} changed since the run in run.dir {config.run.dir} was begun: its sha256 was {before} and "
+                f"is {found}; bring the old one back, or take another run.dir"
             )
 
 

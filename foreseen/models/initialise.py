@@ -36,9 +36,10 @@ def initialise(
 ) -> Initialised:  # fmt: skip
     """Copy the weights of another model of the same backbone.
 
-    A position table is resized to the model's grid by MAE's rule, BEiT's tables of relative positions by BEiT's; a table
-    that all blocks share is copied into each block of a model that has one per block. Where the pooling differs, `norm` is dropped and
-    `fc_norm` begins anew, as MAE fine-tunes; a head is carried over only if it has as many classes.
+    A position table is resized to the model's grid by MAE's rule, BEiT's tables of relative positions by BEiT's; a
+    table that all blocks share is copied into each block of a model that has one per block. Where the pooling differs,
+    `norm` is dropped and `fc_norm` begins anew, as MAE and BEiT fine-tune; a head is carried over only if it has as
+    many classes.
 
     Args:
         model: a timm model, changed in place.
@@ -92,8 +93,8 @@ def _positions(model: nn.Module, given: Mapping[str, Tensor], img_size: tuple[in
 
 def _with_relative_positions(model: Beit, given: Mapping[str, Tensor], img_size: tuple[int, int]) -> dict[str, Tensor]:
     """The same weights with the tables of relative positions that a Beit has, where they can be made of those given."""
-    given = dict(given)
-    if model.rel_pos_bias is None and _SHARED_TABLE in given and model.blocks[0].attn.window_size is not None:
+    given, wanted = dict(given), model.state_dict()
+    if _SHARED_TABLE in given and _SHARED_TABLE not in wanted and f"blocks.0.attn.{_TABLE}" in wanted:
         shared = given.pop(_SHARED_TABLE)
         given |= {f"blocks.{number}.attn.{_TABLE}": shared for number in range(len(model.blocks))}
     projection = given.get("patch_embed.proj.weight")

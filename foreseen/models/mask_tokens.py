@@ -29,12 +29,12 @@ def check_maskable(model: nn.Module, name: str) -> MaskableViT:
         return model
     if isinstance(model, Eva):
         raise BadInput(
-            f"model.name {name} is an EVA, whose rotary positions are not masked here; take one of timm's beit*, beitv2* "
-            "or vit_* models"
+            f"model.name {name} is an EVA, which takes no mask tokens here; take one of timm's beit*, beitv2* or "
+            "vit_* models"
         )
     if not isinstance(model, VisionTransformer) or type(model.patch_embed) is not PatchEmbed:
         raise BadInput(
-            f"model.name {name} is neither a BEiT nor a plain ViT, so mask tokens cannot take the place of its patches; "
+            f"model.name {name} is neither a BEiT nor a plain ViT, so mask tokens cannot stand for its patches; "
             "take one of timm's beit*, beitv2*, vit_* or deit3_* models"
         )
     return check_plain_vit(model, name)

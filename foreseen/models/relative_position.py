@@ -1,7 +1,7 @@
 """Tables of relative position biases at another resolution.
 
-A grid of h × w patches has a bias for each of the (2h - 1)(2w - 1) offsets between two patches, and three more: from the
-class token to a patch, from a patch to the class token, and of the class token to itself.
+A grid of h × w patches has a bias for each of the (2h - 1)(2w - 1) offsets between two patches, and three more: from
+the class token to a patch, from a patch to the class token, and of the class token to itself.
 """
 
 import numpy as np
@@ -24,9 +24,10 @@ def resize_relative_position(table: Tensor, old_grid: tuple[int, int], new_grid:
     """Interpolate a table of relative position biases to another grid of patches.
 
     A square grid that grows is interpolated as BEiT does it, by geometric progression: old offsets are put on
-    coordinates 0, 1, 1 + q, 1 + q + q², …, with the q that makes the outermost ones meet the new ones. Near offsets keep
-    their values, far ones are spread. It can do nothing else, so grids that shrink or are not square are read off where
-    an offset covers the same share of the image. Both are bicubic splines, in float64; the rows of the class token stay.
+    coordinates 0, 1, 1 + q, 1 + q + q², …, with the q that makes the outermost ones meet the new ones. Near offsets
+    keep their values, far ones are spread. It can do nothing else, so grids that shrink or are not square are read off
+    where an offset covers the same share of the image. Both are bicubic splines, in float64; the rows of the class
+    token stay.
 
     Args:
         table: [(2h - 1)(2w - 1) + 3, heads], offsets row-major from the most negative.

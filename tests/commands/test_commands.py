@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from foreseen import cli
 from foreseen.commands.verbs import Verb, load_recipe
 from foreseen.config import recipe_names
+from tests.small_methods import small_method
 
 Recipe = Callable[..., list[str]]
 
@@ -28,7 +29,8 @@ def _foreseen(*arguments: str) -> str:
 
 def _small(recipe: Recipe, verb: Verb, name: str, **more: object) -> tuple[list[str], int]:
     """Two steps of a recipe with only its width, depth, image size and batch changed; and its size: 4 × 4 patches."""
-    model = load_recipe(verb, name).model
+    config = load_recipe(verb, name)
+    model = config.model
     named = re.search(r"patch(\d+)", model.name or "")
     assert named
     size = 4 * int(model.args.get("patch_size", named[1]))
@@ -36,14 +38,14 @@ def _small(recipe: Recipe, verb: Verb, name: str, **more: object) -> tuple[list[
         run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,
         views__size=size, model__args="{embed_dim: 48, depth: 2, num_heads: 3}", **more,
     )  # fmt: skip
-    return overrides, size
+    return [*overrides, *(f"{key}={value}" for key, value in small_method(config).items())], size
 
 
 @pytest.mark.parametrize("name", recipe_names("pretrain"))
 def test_every_pretraining_recipe_runs_and_ends_in_a_folder_that_timm_loads(
     name: str, recipe: Recipe, tmp_path: Path
 ) -> None:
-    small, size = _small(recipe, "pretrain", name, method__decoder="{embed_dim: 32, depth: 1, num_heads: 2}")
+    small, size = _small(recipe, "pretrain", name)
     output = _foreseen("pretrain", name, *small)
     assert "step 2/2" in output
     model = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)

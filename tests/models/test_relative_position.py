@@ -1,4 +1,4 @@
-"""Relative tables at another size: the authors' numbers where they enlarge, and what a reader would expect elsewhere."""
+"""Relative tables at another size: the authors' numbers where they grow, and what one would expect elsewhere."""
 
 import pytest
 import torch

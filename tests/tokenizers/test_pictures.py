@@ -27,7 +27,8 @@ def test_colours_are_those_of_the_hsv_wheel() -> None:
 def test_a_code_map_paints_each_square_in_its_codes_colour() -> None:
     codes = torch.tensor([[[0, 1, 2], [3, 4, 0]]])
     painted = code_map(codes, 5, (8, 12))
-    assert painted.shape == (1, 3, 8, 12) and painted.dtype == torch.uint8
+    assert painted.shape == (1, 3, 8, 12)
+    assert painted.dtype == torch.uint8
     for row in range(2):
         for column in range(3):
             square = painted[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
@@ -37,7 +38,8 @@ def test_a_code_map_paints_each_square_in_its_codes_colour() -> None:
 def test_a_strip_holds_the_original_the_reconstruction_and_the_map() -> None:
     pixels, codes = torch.rand(2, 3, 8, 8), torch.randint(0, 5, (2, 2, 2))
     short, long = strip(pixels, codes, 5), strip(pixels, codes, 5, torch.zeros(2, 3, 4, 4))
-    assert short.shape == (2, 3, 8, 18) and long.shape == (2, 3, 8, 28)
+    assert short.shape == (2, 3, 8, 18)
+    assert long.shape == (2, 3, 8, 28)
     assert torch.equal(short[..., :8], (pixels * 255).round().to(torch.uint8))
     assert torch.equal(short[..., 8:10], torch.full((2, 3, 8, 2), 255, dtype=torch.uint8))
     assert not long[..., 10:18].any()

@@ -1,0 +1,39 @@
+"""What makes a method's own networks as small as the two blocks that tests give its backbone."""
+
+import atexit
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from foreseen.config import Config
+from tests.tiny_teacher import tiny_teacher
+from tests.tokenizers.teachers import save_teacher
+
+
+def small_method(config: Config) -> dict[str, str]:
+    """Overrides for a recipe's method, by their keys."""
+    options = config.method.model_dump()
+    if options["name"] in ("distill", "feature_distill"):
+        return {"method.teacher": str(tiny_teacher())}
+    if "teacher" in options:  # a tokenizer that learns from an encoder, in the place of one that a test does not have
+        return {"method.teacher": str(_teacher()), "method.codebook_size": "24", "method.code_dim": "8"}
+    if "decoder" in options:
+        return {"method.decoder": "{embed_dim: 32, depth: 1, num_heads: 2}"}
+    if "network" in options:  # of a tokenizer that reconstructs pixels
+        network = "{groups: 3, blocks: 1, width: 8, decoder_input: 8, residual_gain: 0.5}"
+        return {"method.network": network} | ({"method.kl_weight": "1.0"} if "kl_weight" in options else {})
+    small = {}
+    if "pixel_clusters" in options:  # fitted in no time, in the place of a folder that a test does not have
+        small |= {"method.tokenizer": "null", "method.pixel_clusters": "{clusters: 16}"}
+    if options.get("aggregate"):
+        small["method.aggregate"] = "{from_block: 1, depth: 1}"
+    return small
+
+
+@cache
+def _teacher() -> Path:
+    """The same for every process, in a folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="teacher-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return save_teacher(folder / "encoder")
