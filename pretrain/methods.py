@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from foreseen.config import Config, MethodOptions
 from foreseen.engine.objective import Objective
 from foreseen.pretrain.beit import BEiT, BEiTOptions
+from foreseen.pretrain.distill import FeatureDistill, FeatureDistillOptions
 from foreseen.pretrain.mae import MAE, MAEOptions
 from foreseen.pretrain.tokenizer_choice import choose_tokenizer
 from foreseen.tokenizers.looking import Cut
@@ -29,5 +30,6 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "mae": Method(MAEOptions, MAE.build),
+    "feature_distill": Method(FeatureDistillOptions, FeatureDistill.build),
     "beit": Method(BEiTOptions, BEiT.build, choose_tokenizer),
 }

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+
     from accelerate import Accelerator
 
     from foreseen.config import Config
@@ -110,7 +111,7 @@ def make_job(config: "Config", shards: "ShardSet") -> "Job":
     from foreseen.finetune.methods import METHODS
     from foreseen.handoff.encoder import parents_of
 
-    objective = METHODS[config.method.name].build(config, shards.num_classes)
+    objective = METHODS[config.method.name].build(config, shards.num_classes, shards.classes)
     builder = BatchBuilder.configured(shards, objective.request, config)
     parents = parents_of(objective.encoder())
     return Job(config, objective, builder, subset=_subsets(config, shards).train, parents=parents, verb="finetune")

@@ -22,8 +22,17 @@ DRAWN_ON_THE_DEVICE = {
     "mae": {"mask", "drop_path"},
     "beit": {"drop_path"},
     "supervised": {"drop_path"},
+    "distill": {"drop_path", "erase"},
+    "feature_distill": {"drop_path"},
 }
-DRAWN_BY_WORKERS = {"vqkd": set[str](), "mae": set[str](), "beit": {"mask"}, "supervised": {"mix", "erase"}}
+DRAWN_BY_WORKERS = {
+    "vqkd": set[str](),
+    "mae": set[str](),
+    "beit": {"mask"},
+    "supervised": {"mix", "erase"},
+    "distill": {"mix", "erase", "teacher"},
+    "feature_distill": {"teacher"},
+}
 
 
 @pytest.mark.parametrize(("verb", "method"), METHODS)
