@@ -31,7 +31,7 @@ from foreseen.models.frozen import Frozen
 from foreseen.models.mask_tokens import MaskableViT, block_arguments, check_maskable, embed_masked, run_blocks
 from foreseen.models.masked_vit import take
 from foreseen.pretrain.beit_aggregation import AggregateOptions, PatchAggregation
-from foreseen.pretrain.beit_baselines import PositionCounts, nearest_visible
+from foreseen.pretrain.beit_baselines import NearestVisible, PositionCounts
 from foreseen.pretrain.beit_initial import draw, draw_normal, initialise
 from foreseen.tokenizers.folder import load_tokenizer
 from foreseen.tokenizers.pictures import code_map
@@ -124,6 +124,7 @@ class BEiT(Objective):
         self.register_buffer("tokens_scale", std / its_std, persistent=False)
         self.register_buffer("tokens_shift", (mean - its_mean) / its_std, persistent=False)
         self.position_counts = PositionCounts(self.num_patches, tokenizer.codebook_size)
+        self.nearest_visible = NearestVisible(self.grid)
         draw_normal(self.mask_token)
         draw(self.head)
 
@@ -185,7 +186,7 @@ class BEiT(Objective):
             guesses = {
                 "accuracy": predictions[0].argmax(-1),
                 "baseline_position": self.position_counts.frequent[chosen],
-                "baseline_neighbour": codes.gather(1, nearest_visible(mask, chosen, self.grid)),
+                "baseline_neighbour": codes.gather(1, self.nearest_visible(mask, chosen)),
             }
             shown = {name: mean((guess == targets).to(losses[0].dtype)) for name, guess in guesses.items()}
         if len(losses) == 1:
