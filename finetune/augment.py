@@ -6,12 +6,13 @@ papers' recipes were run.
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 
 from foreseen.device_keys import keyed_uniform
@@ -46,10 +47,18 @@ class RandAugment:
             "interpolation": Image.Resampling[interpolation.upper()],
         }
         self._transform = rand_augment_transform(notation, options)
+        for operation in self._transform.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
 
     def __call__(self, crop: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Augment one crop: [H, W, 3] -> [H, W, 3]."""
         return np.array(self._transform(Image.fromarray(crop)), dtype=np.uint8)
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, but black where the strongest magnitudes keep no bit: since Pillow 13 that is an error."""
+    return Image.new(image.mode, image.size) if bits < 1 else posterize(image, bits, **options)
 
 
 class EraseBox:
