@@ -58,7 +58,9 @@ class RandAugment:
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     """timm's, but black where the strongest magnitudes keep no bit: since Pillow 13 that is an error."""
-    return Image.new(image.mode, image.size) if bits < 1 else posterize(image, bits, **options)
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return posterize(image, bits, **options)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class EraseBox:
