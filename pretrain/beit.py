@@ -28,8 +28,14 @@ from foreseen.handoff.encoder import create_encoder
 from foreseen.models.backbone import architecture_of, patch_grid, patch_size
 from foreseen.models.drop_path import draw_drop_path
 from foreseen.models.frozen import Frozen
-from foreseen.models.mask_tokens import MaskableViT, block_arguments, check_maskable, embed_masked, run_blocks
-from foreseen.models.masked_vit import take
+from foreseen.models.mask_tokens import (
+    MaskableViT,
+    block_arguments,
+    check_maskable,
+    embed_masked,
+    run_blocks,
+    run_last_block,
+)
 from foreseen.pretrain.beit_aggregation import AggregateOptions, PatchAggregation
 from foreseen.pretrain.beit_baselines import NearestVisible, PositionCounts
 from foreseen.pretrain.beit_initial import draw, draw_normal, initialise
@@ -209,14 +215,17 @@ class BEiT(Objective):
         Returns:
             One or two times [B, M, K], in float32 at least.
         """
-        vit, arguments = self.vit, block_arguments(self.vit)
-        outputs = list(run_blocks(vit.blocks, embed_masked(vit, images, mask, self.mask_token), arguments))
-        prefix = vit.num_prefix_tokens
-        predictions = [self.head(vit.norm(take(outputs[-1], prefix + places)))]
+        vit, arguments, prefix = self.vit, block_arguments(self.vit), self.vit.num_prefix_tokens
+        *others, last = vit.blocks
+        embedded = embed_masked(vit, images, mask, self.mask_token)
+        outputs = [embedded, *run_blocks(others, embedded, arguments)]  # by how many blocks they have passed
+        first = torch.arange(prefix, device=places.device).expand(len(places), -1)
+        tokens = run_last_block(last, outputs[-1], torch.cat([first, prefix + places], dim=1), arguments)
+        predictions = [self.head(vit.norm(tokens[:, prefix:]))]
         if self.aggregation is not None:
-            early = outputs[self.aggregation.from_block - 1]
-            tokens = torch.cat([outputs[-1][:, :prefix], early[:, prefix:]], dim=1)
-            aggregated = take(self.aggregation(tokens, arguments), prefix + places)
+            early = outputs[self.aggregation.from_block]
+            mixed = torch.cat([tokens[:, :prefix], early[:, prefix:]], dim=1)
+            aggregated = self.aggregation(mixed, prefix + places, arguments)
             predictions.append((self.aggregation.head or self.head)((self.aggregation.norm or vit.norm)(aggregated)))
         return [_exact(logits) for logits in predictions]
 

@@ -251,6 +251,17 @@ def test_every_trained_weight_takes_part(build: Build, name: str, args: str, agg
     assert all(name_.startswith("tokenizer.") for name_, p in objective.named_parameters() if not p.requires_grad)
 
 
+def test_behind_the_last_attention_only_what_is_asked_for_is_computed(build: Build) -> None:
+    objective = build("method.mask={num_masked: 5}", "method.aggregate={from_block: 1, depth: 2}")
+    assert objective.aggregation is not None
+    blocks, seen = [*objective.vit.blocks, *objective.aggregation.blocks], list[int]()
+    for block in blocks:
+        block.mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    batch = _batch(objective)
+    objective(batch, objective.prepare([batch], PROGRESS)[0], PROGRESS)
+    assert seen == [17, 1 + 5, 17, 5]  # of the encoder's last block aggregation takes the class token, too
+
+
 def test_the_whole_recipe_gives_the_same_however_the_batch_is_cut(build: Build) -> None:
     def make() -> BEiT:
         return build(
