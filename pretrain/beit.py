@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -44,6 +45,7 @@ from foreseen.tokenizers.pictures import code_map
 from foreseen.tokenizers.tokenizer import Tokenizer
 
 _PICTURES = 8
+_TRIES = 100  # masks that are drawn before it is believed that none of them hides anything
 _SPARED = ("vit.cls_token", "vit.pos_embed", "vit.reg_token", "vit.dist_token")
 _PAPERS_MASKED, _PAPERS_BLOCK = 75 / 196, 16 / 196
 
@@ -286,7 +288,7 @@ def _block_mask(options: MaskOptions, grid: tuple[int, int]) -> BlockMask:
     """The mask that the options ask for on a grid of patches.
 
     Raises:
-        BadInput: it hides no patch, or all of them.
+        BadInput: it hides no patch, or all of them, or no block fits in.
     """
     patches = grid[0] * grid[1]
     target = options.num_masked or round(options.ratio * patches)
@@ -296,13 +298,15 @@ def _block_mask(options: MaskOptions, grid: tuple[int, int]) -> BlockMask:
             f"method.mask.{key} {getattr(options, key)} hides {target} of {grid[0]}×{grid[1]} patches; at least one "
             "must be hidden and one visible"
         )
-    if min(grid) == 1 and not options.exact:
-        raise BadInput(
-            f"a grid of {grid[0]}×{grid[1]} patches has no block that is smaller on both sides; set "
-            "method.mask.exact=true, or change views.size"
-        )
     min_block = options.min_block or max(1, round(_PAPERS_BLOCK * patches))
-    return BlockMask(grid, target, min_block=min_block, min_aspect=options.min_aspect, exact=options.exact)
+    mask = BlockMask(grid, target, min_block=min_block, min_aspect=options.min_aspect, exact=options.exact)
+    if not any(mask(np.random.default_rng(number), number).any() for number in range(_TRIES)):
+        raise BadInput(
+            f"a grid of {grid[0]}×{grid[1]} patches has no block of method.mask.min_block {min_block} or more that is "
+            "smaller on both sides, so nothing would be hidden; set a smaller one or method.mask.exact=true, or change "
+            "views.size"
+        )
+    return mask
 
 
 def _tokens_view(tokenizer: Tokenizer, vit: MaskableViT, view: View) -> View | None:

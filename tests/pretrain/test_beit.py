@@ -492,6 +492,7 @@ def test_the_tokenizer_is_named_and_is_in_no_state(build: Build) -> None:
         ({"overrides": ["method.mask.num_masked=16"]}, r"method.mask.num_masked 16 hides 16 of 4×4 patches"),
         ({"overrides": ["method.mask.ratio=0.01"]}, r"method.mask.ratio 0.01 hides 0 of 4×4 patches"),
         ({"overrides": ["views.size=[8,64]"]}, r"1×8 patches has no block .* method.mask.exact=true"),
+        ({"overrides": ["views.size=[16,800]"]}, r"2×100 patches has no block of method.mask.min_block 16 or more"),
         ({"overrides": ["method.aggregate={from_block: 2}"]}, r"from_block 2 is not before the last .* \[1, 1\]"),
         ({"name": "eva02_tiny_patch14_224", "args": "{}", "overrides": ["views.size=28"]}, "is an EVA"),
         ({"name": "resnet18", "args": "{}"}, "resnet18 is neither a BEiT nor a plain ViT"),
