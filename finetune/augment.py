@@ -7,12 +7,13 @@ papers' recipes were run; Touvron et al. 2022, arXiv:2204.07118.
 import math
 import random
 import re
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import ColorJitter
 
@@ -49,6 +50,9 @@ class RandAugment:
             "interpolation": Image.Resampling[interpolation.upper()],
         }
         self._transform = rand_augment_transform(notation, options)
+        for operation in self._transform.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
 
     def __call__(self, crop: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Augment one crop: [H, W, 3] -> [H, W, 3]."""
@@ -81,6 +85,13 @@ def _grey(image: Image.Image) -> Image.Image:
 
 def _blur(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(random.uniform(*_BLUR_RADIUS)))
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, but black where the strongest magnitudes keep no bit: since Pillow 13 that is an error."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return posterize(image, bits, **options)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class EraseBox:

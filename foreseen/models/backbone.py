@@ -58,7 +58,7 @@ def create_backbone(
         pool: how a ViT pools. "mean" is the mean of the patch tokens, then `fc_norm`; "token" is `norm`, then the
             class token. None keeps the model's own pooling, after the final `norm`, as pretraining wants it.
         drop_path_rate: of the last block.
-        args: more keyword arguments of the model, such as `depth`.
+        args: more keyword arguments of the model, such as `depth`; those that are None are left out, as timm does.
 
     Returns:
         The model. `architecture_of` tells how to build it again.
@@ -66,7 +66,7 @@ def create_backbone(
     Raises:
         BadInput: no such model, an argument that it does not take, or a size that its patches do not divide.
     """
-    args = dict(args or {})
+    args = {key: value for key, value in (args or {}).items() if value is not None}
     _check_name(name)
     _check_args(name, args)
     # What not every model takes is left out where it says so; what was asked for is not.

@@ -49,6 +49,16 @@ def test_rand_augment_has_timms_settings():
     assert operation.kwargs["fillcolor"] == (128, 128, 128)
 
 
+def test_a_picture_that_keeps_no_bit_is_black():
+    augment = pickle.loads(pickle.dumps(rand_augment("rand-m10-inc1")))
+    operations = [each for each in augment._transform.ops if each.name == "PosterizeIncreasing"]
+    for operation in operations:
+        operation.prob = 1.0
+    augment._transform.ops, augment._transform.num_layers = operations, 1
+    assert len(operations) == 1
+    assert not augment(np.full((8, 8, 3), 255, dtype=np.uint8)).any()
+
+
 @pytest.mark.parametrize(
     "notation", ["randaug", "rand-x3", "rand-m9-tnowhere", "rand-m9-std0.5", "rand-m", "rand-inc1.5"]
 )
