@@ -19,9 +19,9 @@ from foreseen.config import Views as ViewOptions
 from foreseen.data.batch import Batch
 from foreseen.data.views import Draw, Request, View, configured_view, denormalise
 from foreseen.device_keys import subkey
+from foreseen.engine.layer_decay import parameter_rules
 from foreseen.engine.objective import Objective, ParameterRule, Progress
 from foreseen.finetune.augment import EraseBox, RandAugment, erase
-from foreseen.finetune.layer_decay import parameter_rules
 from foreseen.finetune.mixing import PairMix, mix, soft_targets
 from foreseen.handoff.encoder import Preprocessing, create_encoder
 from foreseen.models.backbone import Pool
@@ -147,7 +147,7 @@ class Supervised(Objective):
         return self.model
 
     def parameter_rules(self, layer_decay: float | None) -> Mapping[str, ParameterRule]:
-        """MAE's layer decay; see `foreseen.finetune.layer_decay`."""
+        """MAE's layer decay; see `foreseen.engine.layer_decay`."""
         return {f"model.{name}": rule for name, rule in parameter_rules(self.model, layer_decay).items()}
 
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from foreseen.config import Config, MethodOptions
 from foreseen.engine.objective import Objective
+from foreseen.pretrain.dino import DINO, DINOOptions
 from foreseen.pretrain.mae import MAE, MAEOptions
 
 
@@ -17,5 +18,6 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "dino": Method(DINOOptions, DINO.build),
     "mae": Method(MAEOptions, MAE.build),
 }

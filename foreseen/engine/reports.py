@@ -52,6 +52,8 @@ def log_numbers(trainer: "Trainer", step: int, log: RunLog) -> None:
         line += f"  skipped {skipped} non-finite steps"
     log.scalars(step, values, line=line)
     trainer.meter.reset()
+    if alarm := trainer.job.objective.alarm(step, means | health):
+        log.say(alarm)
 
 
 def _count_problems(trainer: "Trainer", log: RunLog) -> int:

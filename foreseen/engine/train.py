@@ -92,7 +92,7 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
 
 def _say_what_to_know(trainer: Trainer, log: RunLog) -> None:
     config, objective, micro_size = trainer.job.config, trainer.job.objective, trainer.layout.micro_size
-    for note in trainer.feed.notes:
+    for note in (*trainer.feed.notes, *objective.notes):
         log.say(note)
     if trainer.optimizer.waits_for_device:
         log.say(

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from foreseen import cli
 from foreseen.commands.verbs import Verb, load_recipe
 from foreseen.config import recipe_names
+from tests.small_methods import SMALL
 
 Recipe = Callable[..., list[str]]
 
@@ -27,14 +28,23 @@ def _foreseen(*arguments: str) -> str:
 
 
 def _small(recipe: Recipe, verb: Verb, name: str, **more: object) -> tuple[list[str], int]:
-    """Two steps of a recipe with only its width, depth, image size and batch changed; and its size: 4 × 4 patches."""
-    model = load_recipe(verb, name).model
+    """Two steps of a recipe with only its width, depth, heads, image sizes and batch changed; and its size.
+
+    That is 4 × 4 patches of a ViT, and 64 px of a ResNet.
+    """
+    recipe_config = load_recipe(verb, name)
+    model = recipe_config.model
     named = re.search(r"patch(\d+)", model.name or "")
-    assert named
-    size = 4 * int(model.args.get("patch_size", named[1]))
+    patch = int(model.args.get("patch_size", named[1])) if named else 16
+    args = "{embed_dim: 48, depth: 2, num_heads: 3}" if named else "{layers: [1, 1, 1, 1], channels: [4, 8, 8, 12]}"
+    size = 4 * patch
+    small = SMALL.get(recipe_config.method.name, [])
+    more |= {key.replace(".", "__"): value for key, _, value in (item.partition("=") for item in small)}
+    if "method__local" in more:
+        more["method__local"] = f"{{count: 2, size: {2 * patch}}}"
     overrides = recipe(
         run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,
-        views__size=size, model__args="{embed_dim: 48, depth: 2, num_heads: 3}", **more,
+        views__size=size, model__args=args, **more,
     )  # fmt: skip
     return overrides, size
 
@@ -43,7 +53,7 @@ def _small(recipe: Recipe, verb: Verb, name: str, **more: object) -> tuple[list[
 def test_every_pretraining_recipe_runs_and_ends_in_a_folder_that_timm_loads(
     name: str, recipe: Recipe, tmp_path: Path
 ) -> None:
-    small, size = _small(recipe, "pretrain", name, method__decoder="{embed_dim: 32, depth: 1, num_heads: 2}")
+    small, size = _small(recipe, "pretrain", name)
     output = _foreseen("pretrain", name, *small)
     assert "step 2/2" in output
     model = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)

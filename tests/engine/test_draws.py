@@ -17,8 +17,8 @@ from tests.engine.topologies import ACCUMULATIONS, EXEMPT, GLOBAL_SIZE, WORLDS, 
 
 STEPS = 3  # 48 of 37 samples: an epoch's edge lies within a step
 METHODS = [(verb, method) for verb, method in methods() if method not in EXEMPT]
-DRAWN_ON_THE_DEVICE = {"mae": {"mask", "drop_path"}, "supervised": {"drop_path"}}
-DRAWN_BY_WORKERS = {"mae": set[str](), "supervised": {"mix", "erase"}}
+DRAWN_ON_THE_DEVICE = {"mae": {"mask", "drop_path"}, "supervised": {"drop_path"}, "dino": {"drop_path"}}
+DRAWN_BY_WORKERS = {"mae": set[str](), "supervised": {"mix", "erase"}, "dino": set[str]()}
 
 
 @pytest.mark.parametrize(("verb", "method"), METHODS)
@@ -53,7 +53,11 @@ def test_all_that_is_drawn_is_the_same_however_a_batch_is_cut(
                     progress = Progress(step, STEPS, 1.0, 0, layout.ranks, layout.accumulation)
                     (prepared,) = job.objective.prepare([batch], progress)
                     job.objective(batch, prepared, progress)
-                    yield {"sample": batch.sample, "key": batch.key, **batch.images, **batch.draws, **drawn}
+                    found = {"sample": batch.sample, "key": batch.key, **batch.images, **batch.draws, **drawn}
+                    # Several crops of a sample stand apart, all first ones before all second ones.
+                    yield {
+                        name: values.unflatten(0, (-1, len(batch))).transpose(0, 1) for name, values in found.items()
+                    }
 
     def run(ranks: int, accumulation: int) -> dict[str, Tensor]:
         layout = BatchLayout(GLOBAL_SIZE, GLOBAL_SIZE // (ranks * accumulation), ranks)

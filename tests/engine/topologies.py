@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from foreseen.commands import finetune, pretrain
 from foreseen.commands.verbs import VERBS, Verb, load_recipe, method_options
 from foreseen.config import Config, recipe_names
+from tests.small_methods import SMALL
 
 if TYPE_CHECKING:
     from tests.engine.driver import History
@@ -69,9 +70,7 @@ def config_of(verb: Verb, method: str, shards: Path, folder: Path, topology: Top
         f"data.workers={topology.workers}", f"compute.precision={topology.precision}",
     ]  # fmt: skip
     overrides = [*_SMALL, *_HARDER[verb], *own]
-    if method == "mae":
-        overrides.append("method.decoder={embed_dim: 32, depth: 1, num_heads: 2}")
-    return load_recipe(verb, recipes[0], overrides)
+    return load_recipe(verb, recipes[0], [*overrides, *SMALL.get(method, [])])
 
 
 def run(verb: Verb, config: Config) -> None:
