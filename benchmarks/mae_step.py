@@ -9,15 +9,11 @@ more than the pixels of visible patches, which no loss looks at.
 """
 
 import argparse
-import os
-import statistics
-import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import timm
 import torch
+from race import OURS, Step, autocast, race, report, set_attention, training_step
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -28,27 +24,7 @@ from foreseen.engine.objective import Progress
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.pretrain.methods import METHODS
 
-Step = Callable[[], Tensor]
 RATIO = 0.75
-
-
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def _training_step(model: nn.Module, loss: Callable[[], Tensor], precision: str, device: torch.device) -> Step:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-
-    def step() -> Tensor:
-        with _autocast(precision, device):
-            value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value.detach()
-
-    return step
 
 
 def ours(name: str, images: Tensor, precision: str) -> Step:
@@ -66,7 +42,7 @@ def ours(name: str, images: Tensor, precision: str) -> Step:
         number = state["step"] = state["step"] + 1
         position = torch.arange(len(images), device=images.device) + number * len(images)
         batch = Batch(position, position * 0x9E3779B97F4A7C1 + 1, position, {"image": images})
-        with _autocast(precision, images.device):
+        with autocast(precision, images.device):
             losses = objective(batch, None, progress)
         losses["loss"].backward()
         gradients = [p.grad for p in optimizer.parameters.values() if p.grad is not None]
@@ -113,8 +89,8 @@ class PlainMAE(nn.Module):
 def plain_timm(name: str, images: Tensor, precision: str, *, fused: bool) -> Step:
     """A plain loop over timm's blocks."""
     model = PlainMAE(name).to(images.device)
-    _attention(model, fused)
-    return _training_step(model, lambda: model(images), precision, images.device)
+    set_attention(model, fused)
+    return training_step(model, lambda: model(images), precision, images.device)
 
 
 def hugging_face(name: str, images: Tensor, precision: str, *, attention: str) -> Step:
@@ -132,7 +108,7 @@ def hugging_face(name: str, images: Tensor, precision: str, *, attention: str) -
         attn_implementation=attention,
     )
     model = ViTMAEForPreTraining(config).to(images.device).train()
-    return _training_step(model, lambda: model(images).loss, precision, images.device)
+    return training_step(model, lambda: model(images).loss, precision, images.device)
 
 
 def lightly(name: str, images: Tensor, precision: str, *, fused: bool) -> Step:
@@ -145,7 +121,7 @@ def lightly(name: str, images: Tensor, precision: str, *, fused: bool) -> Step:
     backbone = MaskedVisionTransformerTIMM(vit=vit)
     decoder = MAEDecoderTIMM(vit.patch_embed.num_patches, patch, embed_dim=vit.embed_dim)
     model = nn.ModuleList([backbone, decoder]).to(images.device)
-    _attention(model, fused)
+    set_attention(model, fused)
 
     def loss() -> Tensor:
         b = len(images)
@@ -158,21 +134,7 @@ def lightly(name: str, images: Tensor, precision: str, *, fused: bool) -> Step:
         target = utils.normalize_mean_var(target, dim=-1)
         return nn.functional.mse_loss(prediction.float(), target)
 
-    return _training_step(model, loss, precision, images.device)
-
-
-def _attention(model: nn.Module, fused: bool) -> None:
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
-
-
-def _timed(step: Step, device: torch.device) -> float:
-    began = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return training_step(model, loss, precision, images.device)
 
 
 def main() -> None:
@@ -189,7 +151,7 @@ def main() -> None:
         allow_fast_fp32()  # for all candidates alike
     images = torch.randn(args.batch, 3, 224, 224, device=device)
     candidates = {
-        "foreseen": ours(args.model, images, args.precision),
+        OURS: ours(args.model, images, args.precision),
         "timm blocks, fused attention": plain_timm(args.model, images, args.precision, fused=True),
         "timm blocks, explicit attention": plain_timm(args.model, images, args.precision, fused=False),
         "transformers, sdpa": hugging_face(args.model, images, args.precision, attention="sdpa"),
@@ -197,21 +159,8 @@ def main() -> None:
         "lightly, fused attention": lightly(args.model, images, args.precision, fused=True),
         "lightly, explicit attention": lightly(args.model, images, args.precision, fused=False),
     }
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for round_number in range(args.rounds + 1):
-        for name, step in candidates.items():
-            seconds = _timed(step, device)
-            if round_number:  # the first round warms up
-                times[name].append(seconds)
-    print(f"{args.model} {args.precision} batch {args.batch}, {torch.get_num_threads()} threads, {device}, "
-          f"allocator {os.environ.get('LD_PRELOAD', 'default')}, median of {args.rounds} rounds")  # fmt: skip
-    own = times["foreseen"]
-    for name, seconds in times.items():
-        ratio = statistics.median(s / o for s, o in zip(seconds, own, strict=True))
-        print(f"  {name:34} {args.batch / statistics.median(seconds):8.2f} img/s   foreseen is {ratio:.2f} x as fast")
-    best = min((n for n in times if n != "foreseen"), key=lambda n: statistics.median(times[n]))
-    ratio = statistics.median(s / o for s, o in zip(times[best], own, strict=True))
-    print(f"  against the fastest peer ({best}): {ratio:.2f} x")
+    times = race(candidates, args.rounds, device)
+    report(f"{args.model} {args.precision}", args.batch, times, device)
 
 
 if __name__ == "__main__":

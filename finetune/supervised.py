@@ -112,7 +112,7 @@ class Supervised(Objective):
 
     def evaluation_request(self) -> Request:
         """The middle of each image and its label."""
-        return Request(views=(replace(self.view, crop="centre", flip=0.0, transform=None),), labels=True)
+        return Request(views=(replace(self.view, crop="centre", flip=0.0, transform=None, colour=None),), labels=True)
 
     def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
         """The cross-entropy with mixed and smoothed labels."""

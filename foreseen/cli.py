@@ -7,7 +7,18 @@ import time
 import typer
 
 from foreseen import __version__
-from foreseen.commands import data, finetune, pretrain, probe, quickstart, recipes, replay, results, verify_resume
+from foreseen.commands import (
+    data,
+    finetune,
+    pretrain,
+    probe,
+    quickstart,
+    recipes,
+    replay,
+    results,
+    tokenizer,
+    verify_resume,
+)
 from foreseen.errors import BadInput
 from foreseen.printable import printable
 
@@ -24,6 +35,7 @@ app = typer.Typer(
 app.command()(quickstart.quickstart)
 app.add_typer(data.app, name="data")
 app.command()(recipes.recipes)
+app.command()(tokenizer.tokenizer)
 app.command()(pretrain.pretrain)
 app.command()(probe.probe)
 app.command()(finetune.finetune)

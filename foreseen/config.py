@@ -8,7 +8,7 @@ import difflib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -166,11 +166,59 @@ class Model(Section):
     def _square(cls, value: Any) -> Any:
         return (value, value) if isinstance(value, int) else value
 
+
+class Jitter(Section):
+    """Random brightness, contrast, saturation and hue, in random order, as torchvision's ColorJitter defines them."""
+
+    brightness: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """The factor is uniform in [max(0, 1 - this), 1 + this]; so are those of contrast and saturation."""
+    contrast: float = Field(0.0, ge=0, allow_inf_nan=False)
+    saturation: float = Field(0.0, ge=0, allow_inf_nan=False)
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """The hue turns by a share of the circle that is uniform in [-this, this]."""
+    probability: float = Field(1.0, ge=0, le=1)
+
+
+class Blur(Section):
+    """A Gaussian blur whose standard deviation is uniform in `radius`."""
+
+    probability: float = Field(0.5, ge=0, le=1)
+    radius: tuple[float, float] = (0.1, 2.0)
+    """Smallest and largest standard deviation in pixels of the crop; Pillow calls it the radius."""
+    kernel_size: int | None = Field(None, ge=3)
+    """Pixels of torchvision's kernel, odd: 9 for DINOv2, 23 for BYOL; null is Pillow's blur, as in DINO and MoCo v3."""
+
     @model_validator(mode="after")
-    def _some_model(self) -> Self:
-        if self.name is None and self.init_from is None:
-            raise ValueError("model.name and model.init_from are both null; give one of them")
+    def _some_blur(self) -> Self:
+        if not 0 < self.radius[0] <= self.radius[1] <= 100:
+            raise ValueError(f"blur.radius must be two rising numbers of pixels in (0, 100], got {self.radius}")
+        if self.kernel_size is not None and self.kernel_size % 2 == 0:
+            raise ValueError(f"blur.kernel_size must be odd, got {self.kernel_size}")
         return self
+
+
+class Solarise(Section):
+    """Invert the values, of 0 to 255, that are not below a threshold."""
+
+    probability: float = Field(0.2, ge=0, le=1)
+    threshold: int = Field(128, ge=0, le=255)
+
+
+class Colour(Section):
+    """What is done to the colours of a crop, in this order: jitter, grey, blur, solarise.
+
+    Papers that jitter the whole picture before they crop it, as BEiT, differ in one point: contrast is taken about the
+    mean of the crop here and about that of the picture there. The other operations commute with cropping.
+    """
+
+    jitter: Jitter | None = None
+    grey: float = Field(0.0, ge=0, le=1)
+    """Probability of losing all colour."""
+    blur: Blur | None = None
+    solarise: Solarise | None = None
+    exact: bool = False
+    """Run the papers' own operations on 8-bit pixels in the loader processes, which are slow; otherwise the same is
+    computed on the training device, a level or so apart."""
 
 
 class Views(Section):
@@ -189,6 +237,8 @@ class Views(Section):
     """RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`."""
     erase: float = Field(0.0, ge=0, le=1)
     """Probability of random erasing, with normal noise per pixel."""
+    colour: Colour | None = None
+    """Colour jitter, grey, blur and solarise; null for none."""
     mean: tuple[float, float, float] | None = None
     """Channel means to normalise by, for pixels in [0, 1]; null takes the encoder's, else ImageNet's."""
     std: tuple[float, float, float] | None = None
@@ -301,6 +351,8 @@ class Probe(Section):
 class MethodOptions(Section):
     """The options of a method; each method has its own class."""
 
+    has_backbone: ClassVar[bool] = True
+    """Whether it trains a timm model, which `model` names."""
     name: str
 
 
@@ -310,13 +362,22 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     run: Run
     data: Data = Data()
-    model: Model
+    model: Model = Model()
     method: MethodOptions
     views: Views = Views()
     optim: Optim
     batch: BatchSize
     compute: Compute = Compute()
     probe: Probe = Probe()
+
+    @model_validator(mode="after")
+    def _some_model(self) -> Self:
+        named = self.model.name or self.model.init_from
+        if self.method.has_backbone and named is None:
+            raise ValueError("model.name and model.init_from are both null; give one of them")
+        if not self.method.has_backbone and named is not None:
+            raise ValueError(f"method {self.method.name} has networks of its own, not {named}: leave model out")
+        return self
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -505,8 +566,9 @@ def _sentences(error: ValidationError, config: type[Config], methods: Mapping[st
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in section.model_fields.items():
         yield prefix + name
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _keys(info.annotation, f"{prefix}{name}.")
+        for kind in get_args(info.annotation) or (info.annotation,):  # `Colour | None` holds the keys of Colour
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{prefix}{name}.")
 
 
 def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from foreseen.config import Config, MethodOptions
 from foreseen.engine.objective import Objective
 from foreseen.pretrain.dino import DINO, DINOOptions
+from foreseen.pretrain.dinov2 import DINOv2, DINOv2Options
+from foreseen.pretrain.ibot import IBOT, IBOTOptions
 from foreseen.pretrain.mae import MAE, MAEOptions
 
 
@@ -19,5 +21,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "dino": Method(DINOOptions, DINO.build),
+    "dinov2": Method(DINOv2Options, DINOv2.build),
+    "ibot": Method(IBOTOptions, IBOT.build),
     "mae": Method(MAEOptions, MAE.build),
 }

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from foreseen.config import Config, MethodOptions
 from foreseen.data.batch import Batch
+from foreseen.data.multicrop import MultiCrop, multicrop_views
 from foreseen.data.views import Request, View, denormalise
 from foreseen.device_keys import subkey
 from foreseen.engine.layer_decay import lr_scales
@@ -36,7 +37,7 @@ from foreseen.models.projection_head import ProjectionHead
 from foreseen.models.vit_tokens import vit_tokens
 from foreseen.pretrain import small_machines
 from foreseen.pretrain.collapse import CollapseAlarm
-from foreseen.pretrain.crops import SmallCrops, by_crop, count_crops, crop_views, crops_by_size
+from foreseen.pretrain.crops import by_crop, crop_keys
 from foreseen.pretrain.distillation_losses import crop_cross_entropy, entropy, rows_at_once, summed_in_chunks
 from foreseen.pretrain.feature_health import FeatureMoments, patch_diversity
 from foreseen.pretrain.small_machines import Size
@@ -88,7 +89,8 @@ class SelfDistillationOptions(MethodOptions):
     pass. Null takes as many as have 2^25 logits (128 MiB). Results differ by rounding alone."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """What happens when the numbers show that the run has collapsed."""
-    local: SmallCrops = SmallCrops()
+    crops: MultiCrop = MultiCrop()
+    """The large and small crops; their colours."""
 
     @model_validator(mode="after")
     def _teacher_is_sharper(self) -> Self:
@@ -173,6 +175,16 @@ class Network(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, described.num_features)) if masks else None
         self._resize: PositionResize = resize
 
+    def patch_bottleneck(self, tokens: Tensor) -> Tensor:
+        """Patch tokens [N, M, D] -> [N, M, d]."""
+        head = self.head if self.patch_head is None else self.patch_head
+        rows: Tensor = head(tokens.flatten(0, 1))
+        return rows.view(*tokens.shape[:2], -1)
+
+    def patch_prototypes(self) -> Tensor:
+        """Of patch tokens, [K, d]."""
+        return self.head.patch_prototypes() if self.patch_head is None else self.patch_head.prototypes()
+
     def encode(
         self, images: Tensor, key: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -227,7 +239,7 @@ class SelfDistillation(Objective):
     Args:
         student: with its weights.
         options: of the method.
-        large: views of the crops that both networks see.
+        large: view of the crops that both networks see.
         small: views of the crops that the student alone sees.
         plan: the options' numbers in this run.
     """
@@ -238,7 +250,7 @@ class SelfDistillation(Objective):
         self,
         student: Network,
         options: SelfDistillationOptions,
-        large: tuple[View, ...],
+        large: View,
         small: tuple[View, ...],
         plan: Plan,
     ) -> None:
@@ -250,8 +262,8 @@ class SelfDistillation(Objective):
         self.options = options
         self.plan = plan
         self.notes = plan.notes
-        self.large, self.small = large, small
-        self.num_large, self.num_crops = count_crops(large), count_crops((*large, *small))
+        self.large, self.views = large, (large, *small)
+        self.num_large, self.num_crops = large.count, sum(view.count for view in self.views)
         self.centre = Centre(plan.prototypes, options.center_momentum) if options.centering == "centre" else None
         self._batch_norms = [m for m in self.teacher.modules() if isinstance(m, _BatchNorm)]
         self._alarm = CollapseAlarm(
@@ -264,7 +276,7 @@ class SelfDistillation(Objective):
     @property
     def request(self) -> Request:
         """Large and small crops of each image."""
-        return Request(views=(*self.large, *self.small))
+        return Request(views=self.views)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; BatchNorm of the teacher uses and counts its own batches, as in the papers' code.
@@ -289,8 +301,7 @@ class SelfDistillation(Objective):
         return self.class_targets(bottlenecks, progress)
 
     def _teach(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        ((images, _),) = crops_by_size(batch, self.large)
-        return self.teacher.encode(images)
+        return self.teacher.encode(batch.images[self.large.name])
 
     def class_targets(self, bottlenecks: Sequence[Tensor], progress: Progress) -> list[ClassTargets]:
         """Targets for the class tokens of each micro-batch, from the teacher's bottlenecks [T * B, d], crop-major."""
@@ -323,7 +334,7 @@ class SelfDistillation(Objective):
     def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
         """The cross-entropy of student and teacher over all pairs of different crops."""
         pooled = torch.cat(
-            [self.student.encode(images, key)[0] for images, key in crops_by_size(batch, (*self.large, *self.small))]
+            [self.student.encode(batch.images[view.name], crop_keys(batch, view))[0] for view in self.views]
         )
         return self.class_terms(self.student.head(pooled), prepared)
 
@@ -351,9 +362,11 @@ class SelfDistillation(Objective):
 
     def teacher_temperature(self, progress: Progress) -> float:
         """That of a step."""
-        options = self.options
-        start, end, epochs = options.warmup_teacher_temp, options.teacher_temp, options.warmup_teacher_temp_epochs
-        if epochs is None or options.teacher_temp_per == "step":
+        return self._warmed_up(self.options.warmup_teacher_temp, self.options.teacher_temp, progress)
+
+    def _warmed_up(self, start: float, end: float, progress: Progress) -> float:
+        epochs = self.options.warmup_teacher_temp_epochs
+        if epochs is None or self.options.teacher_temp_per == "step":
             return linear(progress.step, start=start, end=end, count=self.plan.temperature_steps)
         return linear(int(progress.epoch), start=start, end=end, count=round(epochs))
 
@@ -406,7 +419,7 @@ class SelfDistillation(Objective):
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """The crops of some images, one row an image for each view."""
         found = {}
-        for view in (*self.large, *self.small):
+        for view in self.views:
             crops = by_crop(batch.images[view.name], view.count)[:, :_PICTURES]
             found[view.name] = denormalise(torch.cat(list(crops), dim=3), view.mean, view.std)
         return found
@@ -438,7 +451,7 @@ class Parts:
     """
 
     backbone: nn.Module
-    large: tuple[View, ...]
+    large: View
     small: tuple[View, ...]
     plan: Plan
 
@@ -449,17 +462,17 @@ class Parts:
         assert isinstance(options, SelfDistillationOptions)
         encoder = create_encoder(config.model, img_size=config.views.size, any_size=True)
         preprocessing = encoder.preprocessing
-        large, small = crop_views(config.views, options.local, preprocessing.mean, preprocessing.std)
+        large, *small = multicrop_views(options.crops, config.views, preprocessing.mean, preprocessing.std)
         if config.model.init_from is None:
             draw_tokens(encoder.model)
         for view in small:
-            check_size(encoder.model, view.size, "method.local.size", config.views.size)
+            check_size(encoder.model, view.size, "method.crops.local_size", config.views.size)
         if options.head_warmup_steps and config.model.init_from is None:
             raise BadInput(
                 f"method.head_warmup_steps is {options.head_warmup_steps} and model.init_from null: a backbone that "
                 "begins from nothing has nothing to keep; set method.head_warmup_steps=0"
             )
-        return cls(encoder.model, large, small, Plan.of(config))
+        return cls(encoder.model, large, tuple(small), Plan.of(config))
 
     @property
     def num_features(self) -> int:
@@ -474,11 +487,11 @@ class Parts:
         return architecture_of(self.backbone)[0]
 
 
-def draw_tokens(backbone: nn.Module) -> None:
+def draw_tokens(backbone: nn.Module, std: float = 0.02) -> None:
     """Draw the class token of a ViT as DINO and iBOT do; timm draws all else of it as they do."""
     token = getattr(backbone, "cls_token", None)
     if isinstance(token, nn.Parameter):
-        nn.init.trunc_normal_(token, std=0.02)
+        nn.init.trunc_normal_(token, std=std)
 
 
 def projection_head(options: SelfDistillationOptions, in_dim: int, prototypes: int, **more: Any) -> ProjectionHead:

@@ -36,15 +36,23 @@ class Centre(nn.Module):
         self.register_buffer("center", torch.zeros(prototypes))
         self.register_buffer("_mean", torch.zeros(prototypes), persistent=False)
 
-    def observe(self, rows: Sequence[Tensor], prototypes: Tensor) -> None:
-        """Take in the teacher's bottlenecks of a step, of all ranks: [R, d] of each micro-batch, and [K, d].
+    def observe(self, rows: Sequence[Tensor], prototypes: Tensor, weights: Sequence[Tensor] | None = None) -> None:
+        """Take in the teacher's bottlenecks of a step, of all ranks.
 
         The centre does not move yet: targets of this step know only the steps before.
+
+        Args:
+            rows: [R, d] of each micro-batch.
+            prototypes: [K, d].
+            weights: 1 for rows that count, 0 for others, [R] of each micro-batch; None counts all.
         """
-        total = torch.cat([sum_of(rows), rows[0].new_tensor([sum(map(len, rows))])])
-        total = all_reduce_sum(total)
+        if weights is None:
+            weights = [torch.ones_like(each[:, 0]) for each in rows]
+        counted = zip(rows, weights, strict=True)
+        sums = [torch.cat([(w[:, None] * each).sum(0), w.sum()[None]]) for each, w in counted]
+        total = all_reduce_sum(torch.stack(sums).sum(0))
         with torch.autocast(total.device.type, enabled=False):
-            self._mean = prototypes @ (total[:-1] / total[-1])
+            self._mean = prototypes @ (total[:-1] / total[-1].clamp(min=1.0))
 
     def shift(self, temperature: float) -> Tensor:
         """What to add to logits over their temperature, [K]."""
@@ -54,11 +62,6 @@ class Centre(nn.Module):
         """Move the centre towards what was observed, unless the step was skipped."""
         moved = self.center * self._momentum + self._mean * (1.0 - self._momentum)
         self.center.copy_(torch.where(finite, moved, self.center))
-
-
-def sum_of(rows: Sequence[Tensor]) -> Tensor:
-    """The sum of all rows of several tensors, [R, d] each -> [d]."""
-    return torch.stack([each.sum(0) for each in rows]).sum(0)
 
 
 def sinkhorn_shift(

@@ -15,10 +15,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from foreseen import cli
-from foreseen.commands.verbs import load_recipe
+from foreseen.commands.verbs import VERBS, load_recipe, method_options
 from foreseen.config import Config, recipe_names
-from foreseen.finetune.methods import METHODS as FINETUNING
-from foreseen.pretrain.methods import METHODS as PRETRAINING
 from tests.documentation import (
     PAGES,
     ROOT,
@@ -38,7 +36,7 @@ ELSEWHERE = {
     "docs/add_a_method.md": "tests/test_add_a_method.py",  # its command needs the page's own method
     "docs/flight_recorder.md": "tests/commands/test_replay.py",  # its run is meant to fail
 }
-RECIPES = sorted((ROOT / "configs/pretrain").iterdir()) + sorted((ROOT / "configs/finetune").iterdir())
+RECIPES = [path for verb in VERBS for path in sorted((ROOT / "configs" / verb).glob("*.yaml"))]
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +165,11 @@ def test_every_command_is_in_the_readme() -> None:
 
 def test_every_method_and_every_recipe_is_in_the_readme() -> None:
     table = read("README.md").split("## Methods")[1].split("\n## ")[0]
-    for method in (*PRETRAINING, *FINETUNING):
-        assert f"| `{method}` |" in table
-    for recipe in (*recipe_names("pretrain"), *recipe_names("finetune")):
-        assert f"`{recipe}`" in table
+    for verb in VERBS:
+        for method in method_options(verb):
+            assert f"| `{method}` |" in table
+        for recipe in recipe_names(verb):
+            assert f"`{recipe}`" in table
 
 
 def test_the_tree_in_the_readme_is_the_tree() -> None:

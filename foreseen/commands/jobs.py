@@ -171,8 +171,8 @@ def _run_quietly(verb: "Verb", raw: dict[str, Any], folder: Path) -> None:
 
 
 def _run(verb: "Verb", config: "Config") -> None:
-    from foreseen.commands import finetune, pretrain
+    from foreseen.commands.verbs import command_of
 
-    outcome = (pretrain.run if verb == "pretrain" else finetune.run)(config)
+    outcome = command_of(verb).run(config)
     if outcome.told_to_stop:
         raise Preempted(f"told to stop: {config.run.dir} is saved at step {outcome.step}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from foreseen.commands.verbs import Verb
     from foreseen.config import Config
     from foreseen.engine.bundle import Bundle
     from foreseen.engine.replay import Findings, Number, Replay
@@ -52,19 +53,19 @@ def run(bundle: "Bundle", folder: Path, *, data: str | None, out: Path | None) -
 
     from pydantic_core import to_json
 
-    from foreseen.commands import finetune, pretrain
     from foreseen.commands.session import open_shards, session
+    from foreseen.commands.verbs import command_of
     from foreseen.engine.replay import replay as make_again
     from foreseen.errors import BadInput
     from foreseen.files import write_atomically
 
     work = _prepare(bundle, folder, out)
-    config = _config(bundle, work, data)
+    verb, config = _config(bundle, work, data)
     with session(config) as (accelerator, say):
         if accelerator.num_processes > 1:
             raise BadInput("foreseen replay is one process, also for a run of several ranks: start it without launcher")
         shards = open_shards(config, config.data.split, accelerator)
-        job = (pretrain.make_job if bundle.verb == "pretrain" else finetune.make_job)(config, shards)
+        job = command_of(verb).make_job(config, shards)
         result = make_again(job, bundle, accelerator, say, keep=out is not None)
         facts = asdict(result) | {"equal": result.is_equal, "reproduced": result.is_reproduced}
         write_atomically(work / "replay.json", to_json(facts, indent=1, inf_nan_mode="strings"))
@@ -93,7 +94,7 @@ def _prepare(bundle: "Bundle", folder: Path, out: Path | None) -> Path:
     return work
 
 
-def _config(bundle: "Bundle", work: Path, data: str | None) -> "Config":
+def _config(bundle: "Bundle", work: Path, data: str | None) -> "tuple[Verb, Config]":
     from foreseen.commands.verbs import VERBS, method_options
     from foreseen.config import resolve
     from foreseen.engine.replay import config_for
@@ -101,10 +102,10 @@ def _config(bundle: "Bundle", work: Path, data: str | None) -> "Config":
 
     verb = next((verb for verb in VERBS if verb == bundle.verb), None)
     if verb is None:
-        raise BadInput(f"the bundle is of foreseen {bundle.verb or '?'}, and {' and '.join(VERBS)} can be replayed")
+        raise BadInput(f"the bundle is of foreseen {bundle.verb or '?'}, and {', '.join(VERBS)} can be replayed")
     config = config_for(bundle, resolve(bundle.run["config"], method_options(verb)))
     where = config.data if data is None else config.data.model_copy(update={"path": data})
-    return config.model_copy(update={"data": where, "run": config.run.model_copy(update={"dir": work})})
+    return verb, config.model_copy(update={"data": where, "run": config.run.model_copy(update={"dir": work})})
 
 
 def lines(bundle: "Bundle", result: "Replay", work: Path) -> Iterator[str]:

@@ -1,17 +1,21 @@
 """Recipes of every verb, read with the options of the methods that the verb knows."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from foreseen.config import Config, MethodOptions
 
-Verb = Literal["pretrain", "finetune"]
-VERBS: tuple[Verb, ...] = ("pretrain", "finetune")
+Verb = Literal["tokenizer", "pretrain", "finetune"]
+VERBS: tuple[Verb, ...] = ("tokenizer", "pretrain", "finetune")
 
 
 def method_options(verb: Verb) -> "dict[str, type[MethodOptions]]":
     """The options class of each method of a verb, by the method's name."""
+    if verb == "tokenizer":
+        from foreseen.tokenizers.methods import METHODS as tokenizing
+
+        return {name: method.options for name, method in tokenizing.items()}
     if verb == "pretrain":
         from foreseen.pretrain.methods import METHODS as pretraining
 
@@ -19,6 +23,13 @@ def method_options(verb: Verb) -> "dict[str, type[MethodOptions]]":
     from foreseen.finetune.methods import METHODS as finetuning
 
     return {name: method.options for name, method in finetuning.items()}
+
+
+def command_of(verb: Verb) -> Any:
+    """The module of a verb's command: its `run(config)` makes a run, its `make_job(config, pictures)` what it is of."""
+    from foreseen.commands import finetune, pretrain, tokenizer
+
+    return {"tokenizer": tokenizer, "pretrain": pretrain, "finetune": finetune}[verb]
 
 
 def load_recipe(verb: Verb, recipe: str, overrides: Sequence[str] = ()) -> "Config":

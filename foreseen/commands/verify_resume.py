@@ -217,11 +217,14 @@ def _build(verb: "Verb", config: "Config") -> "Objective":
 
     from foreseen.finetune.methods import METHODS as finetuning
     from foreseen.pretrain.methods import METHODS as pretraining
+    from foreseen.tokenizers.methods import METHODS as tokenizing
 
     bare = config.model_copy(update={"model": config.model.model_copy(update={"init_from": None})})
     name = config.method.name
     with torch.device("meta"):
-        return pretraining[name].build(bare) if verb == "pretrain" else finetuning[name].build(bare, 10)
+        if verb == "finetune":
+            return finetuning[name].build(bare, 10)
+        return pretraining[name].build(bare) if verb == "pretrain" else tokenizing[name].build(bare)
 
 
 def verify(plan: Plan) -> Verdict:

@@ -1,8 +1,9 @@
 """What an objective asks to see of each image, and how a worker cuts it out.
 
 A worker decodes an image once and cuts every view from it: an antialiased uint8 crop per view, written straight into
-the batch. Normalising is left to the device (`finish`), where it costs nothing. Windows are drawn from the sample's
-key, so a sample at a position has the same crops whoever loads it.
+the batch. Colours (`colour_batched.py`) and normalising are left to the device (`finish`), unless a view wants the
+papers' own colour operations (`colour_pillow.py`). Windows are drawn from the sample's key, so a sample at a position
+has the same crops whoever loads it.
 
 Letters: B images, n crops of one view, C channels, H and W pixels.
 """
@@ -11,17 +12,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from foreseen.config import Colour
 from foreseen.config import Views as ViewOptions
 from foreseen.data.batch import Batch
+from foreseen.data.colour_batched import ColourChanges
+from foreseen.data.colour_draws import draw_colours
+from foreseen.data.colour_pillow import papers_colours
 from foreseen.device_keys import library_generators_seeded
+from foreseen.errors import BadInput
 from foreseen.keys import Keys, subkeys, uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -44,13 +52,14 @@ class View:
             image until it covers size / `centre_fraction` and cuts the middle, as the field evaluates.
         scale: smallest and largest share of the image's area that a random crop covers.
         ratio: narrowest and widest aspect ratio (width / height) of a random crop.
-        interpolation: "bicubic" or "bilinear", always antialiased.
+        interpolation: "bicubic", "bilinear" or "lanczos", always antialiased; the last is Pillow's, and slower.
         flip: probability of a horizontal flip.
         count: crops of this kind, n; the batch holds them crop-major as [n * B, C, H, W].
         window_of: the name of a view whose windows and flips this one shares, at its own size; and the random numbers
-            of its transform.
+            of its transform and its colours.
         transform: a library's augmentation [H, W, C] -> [H, W, C], run in the worker after the crop with python's,
             numpy's and torch's generators seeded from the sample's key. Must be picklable.
+        colour: what is done to the colours, after the transform; one for all crops of this kind, or one for each.
         mean, std: what `finish` normalises by, per channel, for pixels in [0, 1].
     """
 
@@ -59,14 +68,35 @@ class View:
     crop: Literal["random", "centre"] = "random"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     flip: float = 0.5
     count: int = 1
     window_of: str | None = None
     centre_fraction: float = 0.875
     transform: Transform | None = None
+    colour: Colour | tuple[Colour | None, ...] | None = None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if isinstance(self.colour, tuple) and len(self.colour) != self.count:
+            raise ValueError(f"view {self.name!r} has {self.count} crops and colours for {len(self.colour)}")
+        for colour in self.colours:
+            kernel_size = colour.blur.kernel_size if colour is not None and colour.blur is not None else None
+            if kernel_size is not None and kernel_size // 2 >= min(self.size):
+                raise BadInput(
+                    f"blur.kernel_size {kernel_size} does not fit crops of {self.size[0]} x {self.size[1]} pixels, "
+                    f"whose edges it mirrors; it can be {2 * min(self.size) - 1} at most"
+                )
+
+    @property
+    def colours(self) -> tuple[Colour | None, ...]:
+        """Of each crop."""
+        return self.colour if isinstance(self.colour, tuple) else (self.colour,) * self.count
+
+    def crop_keys(self, keys: Keys, crop: int) -> Keys:
+        """From the samples' keys, those that the window and the colours of a crop are drawn from, [B] -> [B]."""
+        return subkeys(keys, f"view/{self.window_of or self.name}/{crop}")
 
 
 def configured_view(options: ViewOptions, mean: tuple[float, ...], std: tuple[float, ...]) -> View:
@@ -83,6 +113,7 @@ def configured_view(options: ViewOptions, mean: tuple[float, ...], std: tuple[fl
         ratio=options.ratio,
         interpolation=options.interpolation,
         flip=options.flip,
+        colour=options.colour,
         mean=options.mean or mean,
         std=options.std or std,
     )
@@ -181,9 +212,15 @@ class ViewCutter:
         by_name = {view.name: view for view in views}
         owners = {view.window_of or view.name for view in views if view.crop == "random"}
         self._numbers = {
-            (name, crop): uniform(subkeys(keys, f"view/{name}/{crop}"), "window", _CROP_NUMBERS + 1)
+            (name, crop): uniform(by_name[name].crop_keys(keys, crop), "window", _CROP_NUMBERS + 1)
             for name in owners
             for crop in range(by_name[name].count)
+        }
+        self._exact_colours = {
+            (view.name, crop): (colour, draw_colours(colour, view.crop_keys(keys, crop)))
+            for view in views
+            for crop, colour in enumerate(view.colours)
+            if colour is not None and colour.exact
         }
         # Stored as the pictures come, channels last; handed out as [n * B, C, H, W].
         self.tensors = {
@@ -201,6 +238,9 @@ class ViewCutter:
                 if view.transform is not None:
                     stream = f"transform/{view.window_of or view.name}/{crop}"
                     seen = self._transformed(seen, view.transform, stream, row)
+                if (found := self._exact_colours.get((view.name, crop))) is not None:
+                    colour, draws = found
+                    seen = _channels_first(papers_colours(_channels_last(seen), draws, row, colour))
                 self.tensors[view.name][crop * len(self._keys) + row].copy_(seen)
 
     def _window(self, row: int, crop: int, pixels: Tensor, view: View) -> Window:
@@ -212,11 +252,22 @@ class ViewCutter:
 
     def _transformed(self, pixels: Tensor, transform: Transform, stream: str, row: int) -> Tensor:
         with library_generators_seeded(int(subkeys(self._keys[row : row + 1], stream)[0])):
-            changed = transform(pixels.permute(1, 2, 0).contiguous().numpy())
-        return torch.from_numpy(changed).permute(2, 0, 1)
+            return _channels_first(transform(_channels_last(pixels)))
+
+
+def _channels_last(pixels: Tensor) -> NDArray[np.uint8]:
+    found: NDArray[np.uint8] = pixels.permute(1, 2, 0).contiguous().numpy()
+    return found
+
+
+def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    if interpolation == "lanczos":  # torch has none
+        image = Image.fromarray(_channels_last(pixels))
+        return _channels_first(np.array(image.resize((size[1], size[0]), Image.Resampling.LANCZOS)))
     # uint8 in, uint8 out: equal to Pillow's antialiased filter to within the rounding. The batch axis is put before
     # channels that stand last: `pixels[None]` would hide that they do, and torch would unpack and repack them.
     images = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
@@ -256,8 +307,13 @@ def _constants(values: tuple[float, ...], device: torch.device, dtype: torch.dty
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Bring uint8 pixels to zero mean and unit variance: [B, C, H, W] uint8 -> [B, C, H, W] `dtype`, contiguous."""
-    floats = images.to(dtype=dtype, memory_format=torch.contiguous_format)
-    return floats.sub_(_constants(mean, images.device, dtype)).div_(_constants(std, images.device, dtype))
+    return _normalised(images.to(dtype=dtype, memory_format=torch.contiguous_format), mean, std)
+
+
+def _normalised(floats: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """In place, of values in [0, 255]."""
+    constants = (_constants(values, floats.device, floats.dtype) for values in (mean, std))
+    return floats.sub_(next(constants)).div_(next(constants))
 
 
 def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -268,7 +324,49 @@ def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...])
 
 
 def finish(batch: Batch, request: Request, device: torch.device, dtype: torch.dtype) -> Batch:
-    """Move a worker's batch to the device and normalise its views there."""
-    batch = batch.to(device)
-    images = {view.name: normalise(batch.images[view.name], view.mean, view.std, dtype) for view in request.views}
-    return batch.with_images(images)
+    """Move a worker's batch to the device, and there change the colours of its views and normalise them.
+
+    Args:
+        batch: as the loader hands it out, on the host.
+        request: that it was made for.
+        device: where the objective is.
+        dtype: of the images; colours are computed in float32.
+    """
+    moved = batch.to(device)
+    images = {view.name: _finished(moved.images[view.name], view, batch.key, dtype) for view in request.views}
+    return moved.with_images(images)
+
+
+def _finished(images: Tensor, view: View, key: Tensor, dtype: torch.dtype) -> Tensor:
+    colours = [None if colour is None or colour.exact else colour for colour in view.colours]
+    if not any(colours):
+        return normalise(images, view.mean, view.std, dtype)
+    keys = key.numpy().view(np.uint64)  # what is to be done is known on the host, so nothing waits to be told
+    found = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    for colour, group in groupby(range(view.count), colours.__getitem__):
+        crops = list(group)
+        rows = slice(crops[0] * len(keys), (crops[-1] + 1) * len(keys))
+        if colour is None:
+            found[rows] = normalise(images[rows], view.mean, view.std, torch.float32)
+            continue
+        draws = draw_colours(colour, np.concatenate([view.crop_keys(keys, crop) for crop in crops]))
+        _recoloured(images[rows], found[rows], ColourChanges(colour, draws), view)
+    return found.to(dtype)
+
+
+def _recoloured(images: Tensor, found: Tensor, changes: ColourChanges, view: View) -> None:
+    """Change colours and normalise: [N, C, H, W] uint8 `images` into float32 `found`."""
+    for rows in changes.parts(view.size, images.device):
+        if rows[-1] - rows[0] == len(rows) - 1 and np.all(np.diff(rows) == 1):
+            part = slice(rows[0], rows[-1] + 1)
+            pixels = found[part].copy_(images[part])
+            changes.apply(pixels, rows)
+            _normalised(pixels, view.mean, view.std)
+        else:
+            pixels = torch.empty((len(rows), *found.shape[1:]), dtype=found.dtype)
+            for place, row in enumerate(rows.tolist()):
+                pixels[place].copy_(images[row])
+            changes.apply(pixels, rows)
+            _normalised(pixels, view.mean, view.std)
+            for place, row in enumerate(rows.tolist()):
+                found[row].copy_(pixels[place])

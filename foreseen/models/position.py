@@ -42,7 +42,7 @@ def resize_pos_embed(
     return torch.cat((prefix, patches), dim=1)
 
 
-PositionResize = Literal["offset", "exact", "antialias"]
+PositionResize = Literal["offset", "exact", "antialias", "antialias_offset"]
 
 
 def resample_pos_embed(
@@ -56,7 +56,8 @@ def resample_pos_embed(
         new_grid: the (h, w) wanted.
         num_prefix_tokens: rows in front, kept as they are.
         how: all are bicubic. "offset" scales by (new + 0.1) / old, as DINO, iBOT and the first DINOv2 do; "exact" by
-            new / old; "antialias" as well, with antialiasing, as timm and DINOv2 with registers do.
+            new / old; "antialias" as well, with antialiasing, as timm and DINOv2 with registers do;
+            "antialias_offset" has both.
 
     Returns:
         [1, num_prefix_tokens + h * w, D] for the new grid, in the table's dtype.
@@ -69,9 +70,10 @@ def resample_pos_embed(
     prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
     image = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     image = image.to(torch.promote_types(image.dtype, torch.float32))
-    if how == "offset":
+    antialias = how.startswith("antialias")
+    if how.endswith("offset"):
         scale = ((new_grid[0] + 0.1) / old_grid[0], (new_grid[1] + 0.1) / old_grid[1])
-        resized = F.interpolate(image, scale_factor=scale, mode="bicubic")
+        resized = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
     else:
-        resized = F.interpolate(image, size=new_grid, mode="bicubic", antialias=how == "antialias")
+        resized = F.interpolate(image, size=new_grid, mode="bicubic", antialias=antialias)
     return torch.cat((prefix, resized.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)), dim=1)

@@ -40,8 +40,8 @@ def _small(recipe: Recipe, verb: Verb, name: str, **more: object) -> tuple[list[
     size = 4 * patch
     small = SMALL.get(recipe_config.method.name, [])
     more |= {key.replace(".", "__"): value for key, _, value in (item.partition("=") for item in small)}
-    if "method__local" in more:
-        more["method__local"] = f"{{count: 2, size: {2 * patch}}}"
+    if "method__crops" in more:
+        more["method__crops"] = f"{{local_count: 2, local_size: {2 * patch}}}"
     overrides = recipe(
         run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,
         views__size=size, model__args=args, **more,

@@ -122,7 +122,9 @@ def test_a_replay_with_other_pictures_or_of_an_unknown_command_is_refused(
         _foreseen("replay", bundle, "--data", changed)
     content = json.loads((bundle / "bundle.json").read_text(encoding="utf-8")) | {"verb": "paint"}
     (bundle / "bundle.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(BadInput, match="the bundle is of foreseen paint, and pretrain and finetune can be replayed"):
+    with pytest.raises(
+        BadInput, match="the bundle is of foreseen paint, and tokenizer, pretrain, finetune can be replayed"
+    ):
         _foreseen("replay", bundle)
 
 

@@ -90,6 +90,18 @@ def test_a_random_crop_has_the_pixels_of_pillow(interpolation: str) -> None:
         assert (found[row].to(torch.int16) - expected).abs().max() <= 1
 
 
+def test_a_lanczos_view_of_shared_windows_is_pillows() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    owner = View("input", (32, 32))
+    found = cut(owner, View("tokenizer", (14, 18), window_of="input", interpolation="lanczos"), image=image)
+    numbers = uniform(views.subkeys(KEYS, "view/input/0"), "window", 2 * views.CROP_ATTEMPTS + 3)
+    for row in range(len(KEYS)):
+        w = random_window(numbers[row, :-1], 70, 90, owner)
+        box = Image.fromarray(image).crop((w.left, w.top, w.left + w.width, w.top + w.height))
+        expected = torch.from_numpy(np.array(box.resize((18, 14), Image.Resampling.LANCZOS))).permute(2, 0, 1)
+        assert torch.equal(found["tokenizer"][row], expected.flip(-1) if numbers[row, -1] < 0.5 else expected)
+
+
 def test_a_flip_mirrors_the_same_window() -> None:
     image = picture(50, 60)
     straight = cut(View("a", (16, 16), flip=0.0), image=image)["a"]

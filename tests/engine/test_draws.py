@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foreseen import device_keys
-from foreseen.commands import finetune, pretrain
+from foreseen.commands.verbs import Verb, command_of
 from foreseen.data.batch import BatchLayout
 from foreseen.data.shards import ShardSet
 from foreseen.data.views import finish
@@ -17,18 +17,20 @@ from tests.engine.topologies import ACCUMULATIONS, EXEMPT, GLOBAL_SIZE, WORLDS, 
 
 STEPS = 3  # 48 of 37 samples: an epoch's edge lies within a step
 METHODS = [(verb, method) for verb, method in methods() if method not in EXEMPT]
-DRAWN_ON_THE_DEVICE = {"mae": {"mask", "drop_path"}, "supervised": {"drop_path"}, "dino": {"drop_path"}}
-DRAWN_BY_WORKERS = {"mae": set[str](), "supervised": {"mix", "erase"}, "dino": set[str]()}
+DRAWN_ON_THE_DEVICE = {
+    "mae": {"mask", "drop_path"}, "supervised": {"drop_path"}, "dino": {"drop_path"}, "ibot": {"drop_path"},
+    "dinov2": {"drop_path"},
+}  # fmt: skip
+DRAWN_BY_WORKERS = {"supervised": {"mix", "erase"}, "ibot": {"mask"}, "dinov2": {"mask"}}
 
 
 @pytest.mark.parametrize(("verb", "method"), METHODS)
 def test_all_that_is_drawn_is_the_same_however_a_batch_is_cut(
-    small_shards: Path, monkeypatch: pytest.MonkeyPatch, verb: str, method: str
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch, verb: Verb, method: str
 ) -> None:
-    config = config_of(verb, method, small_shards, Path("none"), Topology(1, 1)).with_length(37)  # type: ignore[arg-type]
-    make_job = pretrain.make_job if verb == "pretrain" else finetune.make_job
+    config = config_of(verb, method, small_shards, Path("none"), Topology(1, 1)).with_length(37)
     torch.manual_seed(0)
-    job = make_job(config, ShardSet.open(small_shards, "train"))
+    job = command_of(verb).make_job(config, ShardSet.open(small_shards, "train"))
     job.objective.train().double()
     drawn: dict[str, Tensor] = {}
     bits = device_keys.keyed_bits

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foreseen.commands import finetune, pretrain
+from foreseen.commands.verbs import Verb, command_of
 from foreseen.data.shards import ShardSet
 from foreseen.engine.trainer import Trainer
 from tests.engine.topologies import GLOBAL_SIZE, Topology, config_of, methods
@@ -33,13 +33,13 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize(("verb", "method"), methods())
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_step_reads_nothing_from_the_device(
-    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, method: str, precision: str
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: Verb, method: str, precision: str
 ) -> None:
     # On a CPU torch's own looks at the labels; on a GPU it does not.
     monkeypatch.setattr(F, "one_hot", lambda labels, classes: (labels[:, None] == torch.arange(classes)).long())
-    config = config_of(verb, method, small_shards, tmp_path, Topology(1, 2, precision=precision))  # type: ignore[arg-type]
-    make_job = pretrain.make_job if verb == "pretrain" else finetune.make_job
-    trainer = Trainer(make_job(config.with_length(37), ShardSet.open(small_shards, "train")), Accelerator(cpu=True))
+    config = config_of(verb, method, small_shards, tmp_path, Topology(1, 2, precision=precision))
+    job = command_of(verb).make_job(config.with_length(37), ShardSet.open(small_shards, "train"))
+    trainer = Trainer(job, Accelerator(cpu=True))
     assert None not in (trainer.ledger, trainer.recorder, trainer.average)
     assert trainer.layout.micro_size == GLOBAL_SIZE // 2
     trainer.job.objective.train()

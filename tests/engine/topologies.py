@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from foreseen.commands import finetune, pretrain
-from foreseen.commands.verbs import VERBS, Verb, load_recipe, method_options
+from foreseen.commands.verbs import VERBS, Verb, command_of, load_recipe, method_options
 from foreseen.config import Config, recipe_names
 from tests.small_methods import SMALL
 
@@ -28,6 +27,7 @@ RESUMED_FROM = 10
 
 # A method whose runs may depend on how a batch is cut, and why; docs/guarantees.md says so, too.
 EXEMPT: dict[str, str] = {}
+PAIRS = {"supervised", "dinov2"}  # methods that relate images two by two here: mixup, and KoLeo in groups of two
 
 _SMALL = [
     "data.workers=0", "views.size=32", f"batch.global_size={GLOBAL_SIZE}", f"run.steps={STEPS}", "run.epochs=null",
@@ -70,11 +70,16 @@ def config_of(verb: Verb, method: str, shards: Path, folder: Path, topology: Top
         f"data.workers={topology.workers}", f"compute.precision={topology.precision}",
     ]  # fmt: skip
     overrides = [*_SMALL, *_HARDER[verb], *own]
+    if method == "mae":
+        overrides.append(
+            "views.colour={jitter: {brightness: 0.4, contrast: 0.4, saturation: 0.2, hue: 0.1, probability: 0.8}, "
+            "grey: 0.2, blur: {probability: 0.5}, solarise: {probability: 0.2}}"
+        )
     return load_recipe(verb, recipes[0], [*overrides, *SMALL.get(method, [])])
 
 
 def run(verb: Verb, config: Config) -> None:
-    (pretrain.run if verb == "pretrain" else finetune.run)(config)
+    command_of(verb).run(config)
 
 
 def history(folder: Path) -> "History":
@@ -106,8 +111,8 @@ def main(out: Path, shards: Path) -> None:
     for verb, method in methods():
         for accumulation in ACCUMULATIONS:
             config = config_of(verb, method, shards, Path("none"), Topology(ranks, accumulation))
-            if config.batch.micro_size == 1 and verb == "finetune":
-                continue  # mixup pairs two pictures
+            if config.batch.micro_size == 1 and method in PAIRS:
+                continue
             for precision in ("fp64", "fp32") if accumulation == 2 else ("fp64",):
                 topology = Topology(ranks, accumulation, precision=precision)
                 run(verb, config_of(verb, method, shards, out / f"{method}-{topology.name}", topology))

@@ -18,7 +18,6 @@ from foreseen.engine.schedule import cosine, warmup_cosine
 from foreseen.engine.teacher import move_teacher
 from foreseen.errors import BadInput
 from foreseen.models.projection_head import ProjectionHead
-from foreseen.pretrain.crops import crops_by_size
 from foreseen.pretrain.dino import DINO, from_official
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
@@ -36,6 +35,10 @@ def _config(**more: Any) -> Config:
     overrides |= {key.replace("__", "."): value for key, value in more.items()}
     small = [item for item in SMALL["dino"] if item.partition("=")[0] not in overrides]
     return load_recipe("pretrain", "dino_vit_s16", [*small, *(f"{k}={v}" for k, v in overrides.items())])
+
+
+def _crops(size: int, scale: str = "[0.05, 0.4]") -> str:
+    return f"{{local_count: 2, local_size: {size}, local_scale: {scale}}}"
 
 
 def _small(**more: Any) -> DINO:
@@ -121,7 +124,7 @@ def test_loss_gradient_and_centre_equal_the_authors_call_after_call(chunk: str |
     c = case["config"]
     objective = _with_logits_for_bottlenecks(
         c["out_dim"],
-        method__local=f"{{count: {c['ncrops'] - 2}, size: 16}}",
+        method__crops=f"{{local_count: {c['ncrops'] - 2}, local_size: 16}}",
         method__warmup_teacher_temp=c["warmup_teacher_temp"],
         method__teacher_temp=c["teacher_temp"],
         method__warmup_teacher_temp_epochs=c["warmup_teacher_temp_epochs"],
@@ -188,7 +191,7 @@ def test_the_optimizer_follows_the_authors_schedules() -> None:
 @Dtypes
 def test_crops_of_one_size_run_together_and_the_head_once(dtype: torch.dtype) -> None:
     case, tensors = load_case("dino", "multicrop")
-    objective = _small(method__local="{count: 3, size: 16}").eval().to(dtype)
+    objective = _small(method__crops="{local_count: 3, local_size: 16}").eval().to(dtype)
     official = from_official({"student": weights(tensors), "teacher": weights(tensors)})
     missing, unexpected = objective.load_state_dict(official, strict=False)
     assert (missing, unexpected) == (["centre.center"], [])
@@ -197,7 +200,7 @@ def test_crops_of_one_size_run_together_and_the_head_once(dtype: torch.dtype) ->
     batch = Batch(key, key, key, {"global": torch.cat(crops[:2]), "local": torch.cat(crops[2:])})
     calls: list[list[int]] = []
     objective.student.backbone.patch_embed.register_forward_pre_hook(lambda _, args: calls.append(list(args[0].shape)))
-    features = [objective.student.encode(images)[0] for images, _ in crops_by_size(batch, objective.request.views)]
+    features = [objective.student.encode(batch.images[view.name])[0] for view in objective.request.views]
     logits = objective.student.head(torch.cat(features)) @ objective.student.head.prototypes().mT
     expected, tolerance = _expected(case, tensors, "output", dtype)
     torch.testing.assert_close(logits, expected, **tolerance)
@@ -334,7 +337,7 @@ BACKBONES = {
 def test_any_backbone_that_pools_features_is_trained_whole(name: str) -> None:
     args, large, small = BACKBONES[name]
     objective = _small(
-        model__name=name, model__args=args, views__size=large, method__local=f"{{count: 2, size: {small}}}",
+        model__name=name, model__args=args, views__size=large, method__crops=_crops(small),
         model__drop_path_rate=0 if "resnet" in name else 0.1,
     ).train()  # fmt: skip
     batch = _batch(objective)
@@ -350,7 +353,7 @@ def test_any_backbone_that_pools_features_is_trained_whole(name: str) -> None:
 def test_batch_norm_of_the_teacher_counts_its_own_batches() -> None:
     args, large, small = BACKBONES["resnet18"]
     objective = _small(
-        model__name="resnet18", model__args=args, views__size=large, method__local=f"{{count: 2, size: {small}}}",
+        model__name="resnet18", model__args=args, views__size=large, method__crops=_crops(small),
         model__drop_path_rate=0,
     ).train()  # fmt: skip
     before = objective.encoder().bn1.running_mean.clone()
@@ -399,12 +402,12 @@ def test_pictures_show_every_crop() -> None:
     [
         ({"method__teacher_temp": 0.2}, r"method.teacher_temp 0.2 is above method.student_temp 0.1"),
         ({"method__warmup_teacher_temp": 0.11}, r"method.warmup_teacher_temp 0.11 is above"),
-        ({"method__local": "{count: 2, size: 20}"}, r"method.local.size is \[20, 20\].*it takes.*\[16, 16\], \[24"),
+        ({"method__crops": _crops(20)}, r"method.crops.local_size is \[20, 20\].*it takes.*\[16, 16\], \[24"),
         ({"model__name": "hiera_tiny_224", "model__args": "{}", "model__drop_path_rate": 0, "views__size": 224,
-          "method__local": "{count: 2, size: 96}"}, r"method.local.size is \[96, 96\].*it takes.*\[224, 224\]"),
-        ({"method__local": "{count: 2, size: 16, scale: [0.5, 0.1]}"}, "method.local.scale must be two rising shares"),
+          "method__crops": _crops(96)}, r"method.crops.local_size is \[96, 96\].*it takes.*\[224, 224\]"),
+        ({"method__crops": _crops(16, "[0.5, 0.1]")}, "local_scale must be two rising shares"),
         ({"method__head_warmup_steps": 5}, "model.init_from null"),
-        ({"method__lokal": 1}, "did you mean 'method.local'"),
+        ({"method__crop": 1}, "did you mean 'method.crops'"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_a_sentence(overrides: dict[str, Any], sentence: str) -> None:
