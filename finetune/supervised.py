@@ -1,8 +1,9 @@
-"""Supervised fine-tuning of a whole backbone on labelled images, by MAE's recipe.
+"""Supervised fine-tuning of a whole backbone on labelled images, by MAE's recipe and by BEiT's.
 
-He et al. 2022, arXiv:2111.06377, table 9; facebookresearch/mae at efb2a80, main_finetune.py and models_vit.py, whose
-logits and parameter groups this file reproduces (tests/finetune/test_supervised.py). The same class trains from
-scratch: the control is the same code.
+He et al. 2022, arXiv:2111.06377, table 9; facebookresearch/mae at efb2a80, main_finetune.py and models_vit.py; Bao et
+al. 2021, arXiv:2106.08254; microsoft/unilm at 768a3c8, beit/run_class_finetuning.py and modeling_finetune.py. Their
+logits and parameter groups this file reproduces (tests/finetune/test_supervised.py, test_beit.py). The same class
+trains from scratch: the control is the same code.
 """
 
 from collections.abc import Mapping
@@ -47,7 +48,9 @@ class SupervisedOptions(MethodOptions):
     switch_prob: float = Field(0.5, ge=0, le=1)
     """Share of the mixed pairs that get CutMix, where both are on."""
     head_init_std: float = Field(2e-5, gt=0)
-    """Of a new head on an encoder; from scratch the head is drawn as timm draws it."""
+    """Of a new head on an encoder: of MAE, and of BEiT (0.02 × 0.001); from scratch it is drawn as timm draws it."""
+    decay_relative_positions: bool = True
+    """Whether a BEiT's tables of relative positions have weight decay."""
 
     @property
     def mixes(self) -> bool:
@@ -147,8 +150,10 @@ class Supervised(Objective):
         return self.model
 
     def parameter_rules(self, layer_decay: float | None) -> Mapping[str, ParameterRule]:
-        """MAE's layer decay; see `foreseen.engine.layer_decay`."""
-        return {f"model.{name}": rule for name, rule in parameter_rules(self.model, layer_decay).items()}
+        """MAE's and BEiT's layer decay; see `foreseen.engine.layer_decay`."""
+        decayed = self.options.decay_relative_positions
+        rules = parameter_rules(self.model, layer_decay, decay_relative_positions=decayed)
+        return {f"model.{name}": rule for name, rule in rules.items()}
 
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """What the network is shown: [N, 3, H, W] uint8."""

@@ -10,6 +10,7 @@ from foreseen import __version__
 from foreseen.commands import (
     data,
     finetune,
+    import_,
     pretrain,
     probe,
     quickstart,
@@ -39,6 +40,7 @@ app.command()(tokenizer.tokenizer)
 app.command()(pretrain.pretrain)
 app.command()(probe.probe)
 app.command()(finetune.finetune)
+app.command("import")(import_.import_)
 app.command()(replay.replay)
 app.command()(results.results)
 app.command()(verify_resume.verify_resume)

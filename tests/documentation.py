@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from foreseen.commands.verbs import VERBS, Verb, load_recipe
+from tests.small_methods import small_method
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -111,9 +112,9 @@ def shrunk(arguments: list[str], shards: Path, archives: Path) -> list[str]:
     }  # fmt: skip
     if config.data.path is None:
         smaller["data.path"] = shards
-    if verb == "pretrain":
-        smaller["method.decoder"] = "{embed_dim: 32, depth: 1, num_heads: 2}"
-    else:
+    given = {override.partition("=")[0] for override in overrides}
+    smaller |= {key: value for key, value in small_method(config).items() if key not in given}
+    if verb == "finetune":
         smaller |= {"data.shots": 2, "data.validation_fraction": 0.2}
     if "--seeds" in options:
         options[options.index("--seeds") + 1] = "1"

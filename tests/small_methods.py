@@ -1,17 +1,46 @@
-"""What makes each method's recipes small enough for tests, besides a narrow backbone, small pictures and few steps."""
+"""What makes a method's own networks as small as the two blocks that tests give its backbone."""
 
-_SMALL_CROPS = "method.crops={local_count: 2, local_size: 16}"
-_SMALL_HEAD = ["method.out_dim=64", "method.hidden_dim=32", "method.bottleneck_dim=16", "method.head_warmup_steps=0"]
+import atexit
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
 
-SMALL: dict[str, list[str]] = {
-    "mae": ["method.decoder={embed_dim: 32, depth: 1, num_heads: 2}"],
-    "dinov2": [
-        *_SMALL_HEAD,
-        "method.patch_bottleneck_dim=12",
-        "method.koleo_group=2",
-        _SMALL_CROPS,
-    ],
-    "ibot": [*_SMALL_HEAD, _SMALL_CROPS],
-    "dino": [*_SMALL_HEAD, _SMALL_CROPS],
-}
-"""Overrides by the method's name; sizes fit patches of 8 px."""
+from foreseen.config import Config
+from tests.tokenizers.teachers import save_teacher
+
+# Sizes fit patches of 8 px.
+_SELF_DISTILLED = {
+    "method.out_dim": "64", "method.hidden_dim": "32", "method.bottleneck_dim": "16", "method.head_warmup_steps": "0",
+    "method.crops": "{local_count: 2, local_size: 16}",
+}  # fmt: skip
+
+
+def small_method(config: Config) -> dict[str, str]:
+    """Overrides for a recipe's method, by their keys."""
+    options = config.method.model_dump()
+    if "teacher" in options:  # a tokenizer that learns from an encoder, in the place of one that a test does not have
+        return {"method.teacher": str(_teacher()), "method.codebook_size": "24", "method.code_dim": "8"}
+    if "decoder" in options:
+        return {"method.decoder": "{embed_dim: 32, depth: 1, num_heads: 2}"}
+    if "network" in options:  # of a tokenizer that reconstructs pixels
+        network = "{groups: 3, blocks: 1, width: 8, decoder_input: 8, residual_gain: 0.5}"
+        return {"method.network": network} | ({"method.kl_weight": "1.0"} if "kl_weight" in options else {})
+    small = {}
+    if "crops" in options:
+        small |= _SELF_DISTILLED
+    if "koleo_group" in options:
+        small |= {"method.koleo_group": "2", "method.patch_bottleneck_dim": "12"}
+    if "pixel_clusters" in options:  # fitted in no time, in the place of a folder that a test does not have
+        small |= {"method.tokenizer": "null", "method.pixel_clusters": "{clusters: 16}"}
+    if options.get("aggregate"):
+        small["method.aggregate"] = "{from_block: 1, depth: 1}"
+    return small
+
+
+@cache
+def _teacher() -> Path:
+    """The same for every process, in a folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="teacher-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return save_teacher(folder / "encoder")

@@ -1,6 +1,7 @@
 """The published recipes at full size: as many weights, the learning rates and the layer decay that the papers state."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch
 from foreseen.commands.verbs import load_recipe
 from foreseen.engine.schedule import scaled_lr
 from foreseen.finetune.supervised import Supervised
+from foreseen.pretrain.beit import BEiT
 from foreseen.pretrain.mae import MAE
 from foreseen.pretrain.methods import METHODS
+from tests.tiny_tokenizer import TinyTokenizer, tiny_tokenizer
 
 CLASSES = 1000
 DECODER_DIM, DECODER_DEPTH = 512, 8
@@ -112,6 +115,98 @@ def test_the_published_finetuning_begins_from_the_published_pretraining(name: st
     pretraining, finetuning = load_recipe("pretrain", f"mae_vit_{name}"), load_recipe("finetune", f"vit_{name}_mae")
     assert finetuning.model.init_from == f"{pretraining.run.dir}/encoder"
     assert (finetuning.model.name, finetuning.views.size) == (pretraining.model.name, pretraining.views.size)
+
+
+HEADS = {"b16": 12, "l16": 16}
+TABLE_ROWS = 27**2 + 3
+# microsoft/unilm, beit/ and beit2/: lr at a batch of 1024, layer decay, drop path, epochs, warm-up.
+BEIT_FINETUNING = {
+    "vit_b16_beit": (4e-3, 0.65, 0.1, 100, 20),
+    "vit_l16_beit": (1e-3, 0.75, 0.2, 50, 5),
+    "vit_b16_beit2": (5e-4, 0.6, 0.2, 100, 20),
+    "vit_l16_beit2": (2e-4, 0.8, 0.2, 50, 5),
+}
+
+
+def _beit_block(width: int) -> int:
+    """A block without key bias and with two layer scales."""
+    return _block(width) - width + 2 * width
+
+
+def _beit_weights(vit: ViT) -> int:
+    """Of a BEiT without its tables of relative positions: patch embedding, class token, blocks, and a norm."""
+    return 3 * vit.patch**2 * vit.width + 2 * vit.width + vit.depth * _beit_block(vit.width) + 2 * vit.width
+
+
+@pytest.mark.parametrize("version", ["beit", "beit2"])
+@pytest.mark.parametrize("name", HEADS)
+def test_beits_published_pretraining_is_built_at_full_size(version: str, name: str, tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tmp_path / "tokenizer", size=(56, 56))
+    config = load_recipe("pretrain", f"{version}_{name}", [f"method.tokenizer={folder}"])
+    with torch.device("meta"):
+        objective = BEiT.build(config)
+    vit, heads = VITS[name], HEADS[name]
+    encoder = {name: parameter.numel() for name, parameter in objective.encoder().named_parameters()}
+    assert encoder["rel_pos_bias.relative_position_bias_table"] == TABLE_ROWS * heads
+    assert sum(encoder.values()) == _beit_weights(vit) + TABLE_ROWS * heads
+    weights = sum(parameter.numel() for parameter in objective.parameters())
+    head = TinyTokenizer.codebook_size * (vit.width + 1)
+    extra = 2 * _beit_block(vit.width) if version == "beit2" else 0
+    assert weights == sum(encoder.values()) + vit.width + head + extra
+    early = {"b16": 9, "l16": 21}[name]
+    assert (objective.aggregation is not None) == (version == "beit2")
+    assert objective.aggregation is None or objective.aggregation.from_block == early
+    mask = objective.mask_draw
+    assert (mask.target, mask.min_block, mask.min_aspect, mask.exact) == (75, 16, 0.3, version == "beit2")
+    assert config.model.args["init_values"] == (0.1 if name == "b16" else 1e-5)
+    optim, epochs = config.optim, {"beit": 800, "beit2": 1600}[version]
+    peak = scaled_lr(optim.base_lr, optim.lr_scaling, config.batch.global_size, optim.lr_reference_batch)
+    assert (config.batch.global_size, config.run.epochs, optim.warmup_epochs) == (2048, epochs, 10)
+    assert (peak, optim.clip_grad, optim.weight_decay, optim.min_lr) == (1.5e-3, 3.0, 0.05, 1e-5)
+    assert config.views.scale[0] == {"beit": 0.08, "beit2": 0.2}[version]
+
+
+@pytest.mark.parametrize("name", BEIT_FINETUNING)
+def test_beits_published_finetuning_is_built_at_full_size(name: str) -> None:
+    lr, decay, drop_path, epochs, warmup = BEIT_FINETUNING[name]
+    config = load_recipe("finetune", name, ["model.init_from=null"])
+    with torch.device("meta"):
+        objective = Supervised.build(config, CLASSES)
+    size = name.split("_")[1]
+    vit, heads = VITS[size], HEADS[size]
+    # Each block has a table of its own now; `fc_norm` takes the place of `norm`.
+    weights = {name: parameter.numel() for name, parameter in objective.named_parameters()}
+    assert sum(weights.values()) == _beit_weights(vit) + vit.depth * TABLE_ROWS * heads + CLASSES * (vit.width + 1)
+    optim = config.optim
+    peak = scaled_lr(optim.base_lr, optim.lr_scaling, config.batch.global_size, optim.lr_reference_batch)
+    assert (config.batch.global_size, config.run.epochs, optim.warmup_epochs) == (1024, epochs, warmup)
+    assert (peak, optim.layer_decay, config.model.drop_path_rate) == (lr, decay, drop_path)
+    rules = objective.parameter_rules(optim.layer_decay)
+    layers = {"model.patch_embed.proj.weight": 0, "model.cls_token": 0}
+    layers |= {f"model.blocks.{n}.attn.relative_position_bias_table": n + 1 for n in range(vit.depth)}
+    layers |= {f"model.blocks.{n}.gamma_1": n + 1 for n in range(vit.depth)} | {"model.head.bias": vit.depth + 1}
+    for weight, layer in layers.items():
+        assert rules[weight].lr_scale == pytest.approx(decay ** (vit.depth + 1 - layer)), weight
+    assert rules["model.blocks.0.attn.relative_position_bias_table"].decay
+
+
+@pytest.mark.parametrize("name", [*BEIT_FINETUNING, "pets_beit"])
+def test_beits_finetuning_begins_from_its_pretraining(name: str) -> None:
+    *_, size, version = name.split("_")
+    pretraining, finetuning = load_recipe("pretrain", f"{version}_{size}"), load_recipe("finetune", name)
+    assert finetuning.model.init_from == f"{pretraining.run.dir}/encoder"
+    assert (finetuning.model.name, finetuning.views.size) == (pretraining.model.name, pretraining.views.size)
+    own = {key: value for key, value in pretraining.model.args.items() if "rel_pos_bias" not in key}
+    assert finetuning.model.args == own
+
+
+@pytest.mark.parametrize("name", ["beit_pets", "beit_cpu_minutes"])
+def test_the_small_beits_are_built(name: str, tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tmp_path / "tokenizer", stride=8)
+    with torch.device("meta"):
+        objective = BEiT.build(load_recipe("pretrain", name, [f"method.tokenizer={folder}"]))
+    assert objective.grid == {"beit_pets": (16, 16), "beit_cpu_minutes": (6, 6)}[name]
+    assert len(objective.request.views) == 1
 
 
 IMAGENET = 1_281_167

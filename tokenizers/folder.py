@@ -3,6 +3,7 @@
 config.json         kind, the arguments that make it, and the checksum of its weights
 model.safetensors   its weights, in float32
 health.json         how its codebook is used on its pictures, where that was measured
+health.png          some of them: original, reconstruction if it makes any, code map
 lineage.json        where the weights are from
 
 The checksum of config.json names the tokenizer: it covers the weights, whose own checksum is in it.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -47,9 +49,20 @@ class TokenizerFolder:
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer, folder: Path, *, lineage: Mapping[str, Any], health: Mapping[str, Any] | None = None
-) -> None:  # fmt: skip
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    lineage: Mapping[str, Any],
+    health: Mapping[str, Any] | None = None,
+    pictures: Image.Image | None = None,
+) -> None:
     """Write a tokenizer folder, in the place of an older one; it is loaded back before it takes its place.
+
+    Args:
+        tokenizer: to be kept.
+        folder: of it.
+        lineage: where it is from.
+        health, pictures: of `foreseen.tokenizers.health.measure_health`.
 
     Raises:
         BadInput: `folder` holds something else.
@@ -76,6 +89,8 @@ def save_tokenizer(
     (new / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
     if health is not None:
         (new / "health.json").write_text(json.dumps(health, indent=2) + "\n")
+    if pictures is not None:
+        pictures.save(new / "health.png")
     for path in new.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

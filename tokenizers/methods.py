@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from foreseen.config import Config, MethodOptions
+from foreseen.tokenizers.dvae import DVAEObjective, DVAEOptions
+from foreseen.tokenizers.fsq import FSQObjective, FSQOptions
 from foreseen.tokenizers.training import TokenizerObjective
+from foreseen.tokenizers.vqkd_training import VQKDObjective, VQKDOptions
 
 
 @dataclass(frozen=True)
@@ -15,4 +18,8 @@ class Method:
     build: Callable[[Config], TokenizerObjective]
 
 
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, Method] = {
+    "dvae": Method(DVAEOptions, DVAEObjective.build),
+    "fsq": Method(FSQOptions, FSQObjective.build),
+    "vqkd": Method(VQKDOptions, VQKDObjective.build),
+}

@@ -79,7 +79,7 @@ class Tokenizer(nn.Module, ABC):
         """The middle of a picture, named "image", as the tokenizer wants it, for measuring it."""
         return View(
             name="image", size=size or self.input_size, crop="centre", flip=0.0, mean=self.mean, std=self.std,
-            interpolation=self.interpolation,  # type: ignore[arg-type]
+            interpolation=self.interpolation,
         )  # fmt: skip
 
 

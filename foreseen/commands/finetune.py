@@ -172,7 +172,8 @@ def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: in
         return
     seen = Preprocessing.of_view(objective.evaluation_request().views[0])
     step = outcome.best_step or outcome.step
-    lineage = describe_lineage(config, job.builder.shards, step, outcome.parents) | {"result": result}
+    frozen_inputs = objective.frozen_inputs()
+    lineage = describe_lineage(config, job.builder.shards, step, outcome.parents, frozen_inputs) | {"result": result}
     folder = config.run.dir / "encoder"
     save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
     accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")

@@ -34,15 +34,19 @@ def run(config: "Config") -> "Outcome":
         config: of the verb "pretrain".
     """
     from dataclasses import replace
+    from functools import partial
 
     from foreseen.commands.session import open_training_pictures, record_config, session
     from foreseen.engine.train import train
     from foreseen.handoff.encoder import Preprocessing, save_encoder
     from foreseen.handoff.lineage import describe_lineage
+    from foreseen.pretrain.methods import METHODS
 
     with session(config) as (accelerator, say):
         pictures = open_training_pictures(config, accelerator)
         config = config.with_length(len(pictures))
+        if (ready := METHODS[config.method.name].ready) is not None:
+            config = ready(config, partial(_builder, config, pictures), accelerator)
         record_config(config, accelerator)
         job = make_job(config, pictures)
         objective = job.objective
@@ -54,7 +58,8 @@ def run(config: "Config") -> "Outcome":
                 say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
             else:
                 folder = config.run.dir / "encoder"
-                lineage = describe_lineage(config, pictures, outcome.step, outcome.parents)
+                frozen_inputs = objective.frozen_inputs()
+                lineage = describe_lineage(config, pictures, outcome.step, outcome.parents, frozen_inputs)
                 save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
                 say(f"encoder: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
     return outcome

@@ -134,7 +134,7 @@ def _teller(config: "Config") -> Callable[[], None]:
         if log.is_file():
             lines = log.read_text(encoding="utf-8").split("\n")[:-1]
             for line in lines[told:]:
-                if line.startswith(("step", "  ")):
+                if line.startswith(("step", "tokenizer ", "  ")):
                     print(f"   {line}", flush=True)
             told = len(lines)
 

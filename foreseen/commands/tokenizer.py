@@ -26,10 +26,14 @@ def run(config: "Config") -> "Outcome":
     Args:
         config: of the verb "tokenizer".
     """
+    from functools import partial
+
     from foreseen.commands.session import open_shards, record_config, session
+    from foreseen.data.loader import BatchBuilder
     from foreseen.engine.train import train
     from foreseen.handoff.lineage import describe_lineage
     from foreseen.tokenizers.folder import save_tokenizer
+    from foreseen.tokenizers.health import measure_health
     from foreseen.tokenizers.training import TokenizerObjective
 
     with session(config) as (accelerator, say):
@@ -44,8 +48,15 @@ def run(config: "Config") -> "Outcome":
                 say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
             else:
                 folder = config.run.dir / "tokenizer"
-                lineage = describe_lineage(config, pictures, outcome.step, outcome.parents)
-                save_tokenizer(job.objective.tokenizer, folder, lineage=lineage)
+                frozen_inputs = job.objective.frozen_inputs()
+                lineage = describe_lineage(config, pictures, outcome.step, outcome.parents, frozen_inputs)
+                tokenizer = job.objective.tokenizer.eval()
+                cut = partial(BatchBuilder.configured, pictures, config=config)
+                workers, device = config.data.workers, accelerator.device
+                health, sheet = measure_health(tokenizer, cut, workers=workers, device=device)
+                save_tokenizer(tokenizer, folder, lineage=lineage, health=health.as_dict(), pictures=sheet)
+                say(health.sentence())
+                say(f"  {health.verdict()}")
                 say(f"tokenizer: {folder}   foreseen pretrain beit_b16 method.tokenizer={folder}")
     return outcome
 

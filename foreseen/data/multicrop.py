@@ -89,9 +89,9 @@ def papers_crop_colours(
 ) -> tuple[tuple[Colour, ...], Colour]:
     """The colours of each large crop, and of the small ones.
 
-    In DINO and BYOL the first large crop is always blurred and the others seldom. DINOv2 says the same, but its code
-    hands torchvision's RandomApply the probability that a crop is left alone: as it was trained, the first is never
-    blurred and the others nearly always. That is what is done here. The others may be solarised, in all of them.
+    In DINO and BYOL the first large crop is always blurred and the others seldom. DINOv2's code asks for the same, but
+    hands torchvision's RandomApply the probability that a crop is left alone: as it runs, the first is never blurred
+    and the others nearly always. That is what is done here. In all three the others may be solarised.
 
     Source: facebookresearch/dino at 7c446df, main_dino.py (Pillow's blur); facebookresearch/dinov2 at
         05c66df, dinov2/data/augmentations.py and transforms.py (a kernel of 9); Grill et al. 2020, arXiv:2006.07733,

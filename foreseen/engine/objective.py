@@ -87,11 +87,11 @@ class Objective(nn.Module):
 
     Attributes:
         group: micro-batches must hold a multiple of so many consecutive positions.
-        notes: sentences about this run that a person should read once, at its start.
+        notes: what the user should know of how it was put together, said once when a run starts.
     """
 
     group: int = 1
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the networks that are trained; teachers and tokenizers, which are not, stay as in evaluation.
@@ -149,6 +149,13 @@ class Objective(nn.Module):
             for name, parameter in self.named_parameters()
             if parameter.requires_grad
         }
+
+    def frozen_inputs(self) -> Mapping[str, str]:
+        """Checksums of the frozen networks that its targets come from, by what they are ("tokenizer", "teacher").
+
+        They are no part of a checkpoint; going on with others would be another run, and is refused.
+        """
+        return {}
 
     def evaluation_request(self) -> Request:
         """What `evaluate` wants of each sample."""

@@ -158,7 +158,8 @@ def replay(job: Job, bundle: Bundle, accelerator: Accelerator, say: Callable[[st
     """
     config, step = job.config, bundle.step
     trainer = Trainer(job, accelerator)
-    check_same_run(config, job.builder.shards, trainer.feed.order_name, job.parents, bundle.run)
+    frozen_inputs = job.objective.frozen_inputs()
+    check_same_run(config, job.builder.shards, trainer.feed.order_name, job.parents, frozen_inputs, bundle.run)
     job.objective.train()
     begun_at = newest_checkpoint(trainer, lambda saved: saved <= step)
     if begun_at is not None:

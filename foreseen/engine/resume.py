@@ -16,21 +16,27 @@ _FREE = {
     "data.columns.split", "data.test_fraction", "data.workers", "data.max_bad_fraction", "data.shards_at", "data.fetch",
     "data.cache_dir", "data.cache_gb", "data.order", "data.block_shards", "data.samples", "data.shuffle_buffer",
     "data.allow_shell_urls", "optim.warmup_epochs",
-    "batch.micro_size", "model.init_from", "compute.compile", "compute.checkpoint_activations",
+    "batch.micro_size", "model.init_from", "method.tokenizer", "method.min_usage", "method.teacher", "compute.compile",
+    "compute.checkpoint_activations",
     # These matter to a run that goes wrong, whose owner may then want to change them.
     "run.recorder", "run.explode_factor", "run.rewind_after",
 }  # fmt: skip
 
 
 def run_state(
-    config: Config, data: Mapping[str, Any], parents: Sequence[Mapping[str, Any]], step: int
-) -> dict[str, Any]:  # fmt: skip
+    config: Config,
+    data: Mapping[str, Any],
+    parents: Sequence[Mapping[str, Any]],
+    frozen_inputs: Mapping[str, str],
+    step: int,
+) -> dict[str, Any]:
     """What a checkpoint says of its run; `data` is of `describe_data`."""
     return {
         "order_version": ORDER_VERSION,
         "samples_seen": step * config.batch.global_size,
         **data,
         "parents": list(parents),
+        "frozen_inputs": dict(frozen_inputs),
         "config": config.public(),
     }
 
@@ -61,8 +67,13 @@ def check_same_data(shards: Pictures, then: Mapping[str, Any]) -> None:
 
 
 def check_same_run(
-    config: Config, shards: Pictures, order: str, parents: Sequence[Mapping[str, Any]], state: dict[str, Any]
-) -> None:  # fmt: skip
+    config: Config,
+    shards: Pictures,
+    order: str,
+    parents: Sequence[Mapping[str, Any]],
+    frozen_inputs: Mapping[str, str],
+    state: dict[str, Any],
+) -> None:
     """Refuse to go on with another job's checkpoint.
 
     Args:
@@ -70,13 +81,15 @@ def check_same_run(
         shards: trained on in this start.
         order: of their samples; see `Feed.order_name`.
         parents: what this start's weights are from.
+        frozen_inputs: checksums of the frozen networks of this start; see `Objective.frozen_inputs`.
         state: of the checkpoint.
 
     Raises:
-        BadInput: names the keys that differ, or the data, or the weights that it began from.
+        BadInput: names the keys that differ, or the data, the weights that it began from, or the frozen networks.
     """
     check_same_config(config, state["config"])
     _check_same_weights(config, parents, state["parents"])
+    _check_same_frozen(config, frozen_inputs, state.get("frozen_inputs", {}))  # not in those of older versions
     check_same_data(shards, state)
     if state["order_version"] != ORDER_VERSION:
         raise BadInput(
@@ -100,6 +113,17 @@ def _check_same_weights(
             f"run.dir {config.run.dir} holds a checkpoint of a job that began from {before}, and this one begins from "
             f"{now}; take another run.dir, or set model.init_from back"
         )
+
+
+def _check_same_frozen(config: Config, now: Mapping[str, str], then: Mapping[str, str]) -> None:
+    """Where a tokenizer or a teacher lies is free; what it holds is not."""
+    for name in sorted(now.keys() | then.keys()):
+        if now.get(name) != then.get(name):
+            before, found = (f"{one[name][:8]}…" if name in one else "none" for one in (then, now))
+            raise BadInput(
+                f"the {name} changed since the run in run.dir {config.run.dir} was begun: its sha256 was {before} and "
+                f"is {found}; bring the old one back, or take another run.dir"
+            )
 
 
 def _weights_of(parent: Mapping[str, Any]) -> str:

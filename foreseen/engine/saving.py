@@ -41,7 +41,8 @@ def save(trainer: "Trainer", step: int, score: float | None) -> None:
 
 def _write(trainer: "Trainer", step: int, score: float | None) -> None:
     tensors, numbers = trainer.optimizer.state()
-    state = run_state(trainer.job.config, trainer.data, trainer.parents, step) | {
+    frozen_inputs = trainer.job.objective.frozen_inputs()
+    state = run_state(trainer.job.config, trainer.data, trainer.parents, frozen_inputs, step) | {
         "optimizer": numbers,
         "skipped_steps": int(trainer.skipped),
         "unreadable_samples": sorted(trainer.unreadable.trained),
@@ -106,7 +107,8 @@ def load(trainer: "Trainer", step: int) -> None:
 
 def _take_up(trainer: "Trainer", found: Checkpoint) -> None:
     job = trainer.job
-    check_same_run(job.config, job.builder.shards, trainer.feed.order_name, job.parents, found.state)
+    frozen_inputs = job.objective.frozen_inputs()
+    check_same_run(job.config, job.builder.shards, trainer.feed.order_name, job.parents, frozen_inputs, found.state)
     job.objective.load_state_dict(found.model)
     trainer.optimizer.load_state(found.optimizer, found.state["optimizer"])
     if trainer.loss_scale is not None:

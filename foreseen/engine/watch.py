@@ -88,7 +88,7 @@ def _bundle(trainer: "Trainer", recorder: FlightRecorder, record: Record, replac
         ring=(*(earlier for earlier in recorder.ring if earlier.step < step), record),
         samples=samples_of(trainer.feed, step + stream_shift(trainer.rewinds), replaced),
         environment=describe_start(describe_devices(trainer.accelerator)),
-        run=run_state(job.config, trainer.data, trainer.parents, step),
+        run=run_state(job.config, trainer.data, trainer.parents, job.objective.frozen_inputs(), step),
     )
 
 

@@ -36,7 +36,7 @@ from foreseen.models.backbone import FACTORY, Pool, architecture_of, create_back
 from foreseen.models.initialise import Initialised, initialise
 
 PUBLIC = "timm:"
-_SET_ELSEWHERE = ("img_size", "global_pool", "fc_norm", "num_classes")
+_SET_ELSEWHERE = ("img_size", "global_pool", "fc_norm", "use_fc_norm", "num_classes")
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def create_encoder(
         args=model.args,
     )
     marked: Any = backbone
-    marked.foreseen_parent = begin and _describe(begin)
+    marked.foreseen_parent = begin and describe_parent(begin)
     if begin is None:
         return Encoder(backbone, Preprocessing(IMAGENET_MEAN, IMAGENET_STD, "bicubic", 0.875, img_size), None)
     done = initialise(backbone, begin.state, img_size=begin.preprocessing.size, source=begin.source)
@@ -168,7 +168,8 @@ def parents_of(model: nn.Module) -> list[dict[str, Any]]:
     return [] if parent is None else [parent]
 
 
-def _describe(encoder: EncoderFolder) -> dict[str, Any]:
+def describe_parent(encoder: EncoderFolder) -> dict[str, Any]:
+    """What the lineage of later weights says of an encoder that they come from."""
     return {
         "source": encoder.source,
         "architecture": encoder.architecture,

@@ -9,8 +9,12 @@ from foreseen.data.feed import Pictures
 
 
 def describe_lineage(
-    config: Config, shards: Pictures, step: int, parents: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:  # fmt: skip
+    config: Config,
+    shards: Pictures,
+    step: int,
+    parents: Sequence[Mapping[str, Any]],
+    frozen_inputs: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The lineage of a run's encoder.
 
     Each parent is recorded with its own lineage, so the chain back to random weights is in one file, whatever happens
@@ -21,6 +25,7 @@ def describe_lineage(
         shards: what it was trained on.
         step: updates made.
         parents: what its weights began from, of `parents_of` at its first start.
+        frozen_inputs: checksums of the frozen networks that its targets came from; see `Objective.frozen_inputs`.
     """
     return {
         "method": config.method.name,
@@ -29,6 +34,7 @@ def describe_lineage(
         "seed": config.seed,
         "licences": _licences(shards.licence, parents),
         "parents": list(parents),
+        "frozen_inputs": dict(frozen_inputs or {}),
         "data": {
             "path": shards.address,
             "split": shards.split,

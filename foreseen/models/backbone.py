@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import timm
 from timm.models import VisionTransformer, is_model, model_entrypoint, split_model_name_tag
+from timm.models.beit import Beit
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -28,6 +29,7 @@ _OWNED = {
     "num_classes": "the labels of the data",
     "global_pool": "method.pool",
     "fc_norm": "method.pool",
+    "use_fc_norm": "method.pool",
 }
 # What timm's factory takes for itself: weights from elsewhere, or a module that is no longer the model.
 FACTORY = frozenset(inspect.signature(timm.create_model).parameters) | {
@@ -73,6 +75,8 @@ def create_backbone(
     _check_args(name, args)
     # What not every model takes is left out where it says so; what was asked for is not.
     soft: dict[str, Any] = {"img_size": img_size, "fc_norm": pool == "mean"}
+    if model_entrypoint(split_model_name_tag(name)[0]).__module__ == Beit.__module__:
+        soft["use_fc_norm"] = pool == "mean"  # others have their own rule for what is left to them
     hard: dict[str, Any] = {"num_classes": num_classes, **args}
     (hard if drop_path_rate > 0 else soft)["drop_path_rate"] = drop_path_rate
     if any_size:
@@ -164,7 +168,7 @@ def _refusal(name: str, class_name: str, key: str) -> str:
 
 def _check_patches(model: nn.Module, img_size: tuple[int, int]) -> None:
     patch = patch_size(model)
-    if patch is None or not isinstance(model, VisionTransformer):
+    if patch is None or not isinstance(model, VisionTransformer | Beit):
         return
     if any(side % step for side, step in zip(img_size, patch, strict=True)):
         floor = [max(step, side - side % step) for side, step in zip(img_size, patch, strict=True)]

@@ -4,14 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from foreseen.errors import BadInput
 from foreseen.models.backbone import patch_grid
 from foreseen.models.position import resize_pos_embed
+from foreseen.models.relative_position import resize_relative_position, table_rows
 
 # Between backbone and classes; which of them a model has depends on how it pools.
 _POOLING = ("norm.", "fc_norm.", "attn_pool.")
+_TABLE = "relative_position_bias_table"
+_SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,10 @@ def initialise(
 ) -> Initialised:  # fmt: skip
     """Copy the weights of another model of the same backbone.
 
-    A position table is resized to the model's grid by MAE's rule. Where the pooling differs, `norm` is dropped and
-    `fc_norm` begins anew, as MAE fine-tunes; a head is carried over only if it has as many classes.
+    A position table is resized to the model's grid by MAE's rule, BEiT's tables of relative positions by BEiT's; a
+    table that all blocks share is copied into each block of a model that has one per block. Where the pooling differs,
+    `norm` is dropped and `fc_norm` begins anew, as MAE and BEiT fine-tune; a head is carried over only if it has as
+    many classes.
 
     Args:
         model: a timm model, changed in place.
@@ -44,12 +50,14 @@ def initialise(
     Raises:
         BadInput: a weight of either backbone has no equal in the other; the model is left as it was.
 
-    Source: facebookresearch/mae, main_finetune.py and util/pos_embed.py.
+    Source: facebookresearch/mae, main_finetune.py and util/pos_embed.py; microsoft/unilm, beit/run_class_finetuning.py.
     """
     wanted = model.state_dict()
     given = dict(state)
     if "pos_embed" in given and "pos_embed" in wanted:
         given["pos_embed"] = _positions(model, given, img_size)
+    if isinstance(model, Beit):
+        given = _with_relative_positions(model, given, img_size)
     fitting = {name for name, value in wanted.items() if name in given and given[name].shape == value.shape}
     result = Initialised(
         fresh=tuple(name for name in wanted if name not in fitting),
@@ -77,10 +85,32 @@ def _positions(model: nn.Module, given: Mapping[str, Tensor], img_size: tuple[in
     if projection is None or table.ndim != 3:
         return table
     prefix = 0 if getattr(described, "no_embed_class", False) else int(described.num_prefix_tokens)
-    old_grid = (img_size[0] // projection.shape[-2], img_size[1] // projection.shape[-1])
+    old_grid = _grid(projection, img_size)
     if table.shape[1] != prefix + old_grid[0] * old_grid[1]:
         return table  # prefix tokens differ; the shapes will tell
     return resize_pos_embed(table, old_grid, patch_grid(model), prefix)
+
+
+def _with_relative_positions(model: Beit, given: Mapping[str, Tensor], img_size: tuple[int, int]) -> dict[str, Tensor]:
+    """The same weights with the tables of relative positions that a Beit has, where they can be made of those given."""
+    given, wanted = dict(given), model.state_dict()
+    if _SHARED_TABLE in given and _SHARED_TABLE not in wanted and f"blocks.0.attn.{_TABLE}" in wanted:
+        shared = given.pop(_SHARED_TABLE)
+        given |= {f"blocks.{number}.attn.{_TABLE}": shared for number in range(len(model.blocks))}
+    projection = given.get("patch_embed.proj.weight")
+    if projection is None:
+        return given
+    old_grid, new_grid = _grid(projection, img_size), patch_grid(model)
+    return {
+        name: resize_relative_position(value, old_grid, new_grid)
+        if name.endswith(_TABLE) and len(value) == table_rows(old_grid)
+        else value
+        for name, value in given.items()
+    }
+
+
+def _grid(projection: Tensor, img_size: tuple[int, int]) -> tuple[int, int]:
+    return img_size[0] // projection.shape[-2], img_size[1] // projection.shape[-1]
 
 
 def _misfit(names: list[str], wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> str:

@@ -76,17 +76,31 @@ def encode_visible(vit: VisionTransformer, patches: Tensor, visible: Tensor) -> 
     projection = vit.patch_embed.proj
     weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # to the pixel order of a patch
     x = vit.patch_embed.norm(F.linear(take(patches, visible), weight, projection.bias))
+    x = vit.norm_pre(add_positions(vit, x, visible))
+    for block in vit.blocks:
+        x = block(x)
+    return vit.norm(x)  # type: ignore[no-any-return]
+
+
+def add_positions(vit: VisionTransformer, x: Tensor, places: Tensor | None = None) -> Tensor:
+    """Give embedded patches their positions and put the prefix tokens in front.
+
+    Args:
+        vit: a plain ViT.
+        x: embedded patches, [B, V, D].
+        places: which patches they are, [B, V]; None for all of them in order.
+
+    Returns:
+        [B, P + V, D].
+    """
     prefix = [t for t in (vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token) if t is not None]
     num_prefix = sum(token.shape[1] for token in prefix)
     positions = position_table(vit)[0]
     if not vit.no_embed_class:
         prefix = [torch.cat(prefix, dim=1) + positions[:num_prefix]] if prefix else []
         positions = positions[num_prefix:]
-    x = x + positions[visible]
-    x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
-    for block in (vit.norm_pre, *vit.blocks):
-        x = block(x)
-    return vit.norm(x)  # type: ignore[no-any-return]
+    x = x + (positions if places is None else positions[places])
+    return torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
 
 
 class PatchDecoder(nn.Module):

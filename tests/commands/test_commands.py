@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from foreseen import cli
 from foreseen.commands.verbs import Verb, load_recipe
 from foreseen.config import recipe_names
-from tests.small_methods import SMALL
+from tests.small_methods import small_method
 
 Recipe = Callable[..., list[str]]
 
@@ -32,21 +32,20 @@ def _small(recipe: Recipe, verb: Verb, name: str, **more: object) -> tuple[list[
 
     That is 4 × 4 patches of a ViT, and 64 px of a ResNet.
     """
-    recipe_config = load_recipe(verb, name)
-    model = recipe_config.model
+    config = load_recipe(verb, name)
+    model = config.model
     named = re.search(r"patch(\d+)", model.name or "")
     patch = int(model.args.get("patch_size", named[1])) if named else 16
     args = "{embed_dim: 48, depth: 2, num_heads: 3}" if named else "{layers: [1, 1, 1, 1], channels: [4, 8, 8, 12]}"
     size = 4 * patch
-    small = SMALL.get(recipe_config.method.name, [])
-    more |= {key.replace(".", "__"): value for key, _, value in (item.partition("=") for item in small)}
-    if "method__crops" in more:
-        more["method__crops"] = f"{{local_count: 2, local_size: {2 * patch}}}"
     overrides = recipe(
         run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,
         views__size=size, model__args=args, **more,
     )  # fmt: skip
-    return overrides, size
+    small = small_method(config)
+    if "method.crops" in small:
+        small["method.crops"] = f"{{local_count: 2, local_size: {2 * patch}}}"
+    return [*overrides, *(f"{key}={value}" for key, value in small.items())], size
 
 
 @pytest.mark.parametrize("name", recipe_names("pretrain"))

@@ -16,16 +16,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch.setattr)
 
 
-def test_a_quickstart_ends_in_a_page_with_its_verdict(small: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["mae", pytest.param("beit", marks=pytest.mark.slow)])
+def test_a_quickstart_ends_in_a_page_with_its_verdict(small: None, tmp_path: Path, method: str) -> None:
     out = tmp_path / "a: ${b}"  # which YAML would not leave as it is
-    command = ["quickstart", "--out", str(out)]
+    command = ["quickstart", "--out", str(out), "--method", method]
     result = CliRunner().invoke(cli.app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     record = json.loads((out / "finetune/controls.json").read_text(encoding="utf-8"))
     assert record["verdict"] in result.output
     assert len(record["arms"]["pretrained"]["test"]) == len(record["arms"]["scratch"]["test"]) == 2
     page = (out / "summary.html").read_text(encoding="utf-8")
-    assert "Did mae pretraining help?" in page
+    assert f"Did {method} pretraining help?" in page
     assert page.count("<img") == 4, "scores, breeds, reconstruction, losses"
     assert "<script" not in page
     assert "http" not in page, "the page needs nothing else"

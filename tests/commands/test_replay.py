@@ -75,6 +75,15 @@ def test_a_replay_of_mae_names_the_picture_that_is_not_finite(recipe: Recipe, sp
     assert before == sorted(path for path in bundle.parents[1].rglob("*") if bundle not in path.parents)
 
 
+def test_a_replay_of_beit_finds_the_tokenizer_of_its_run(recipe: Recipe, spoil: Any, tmp_path: Path) -> None:
+    spoil(float("nan"))
+    bundle = _train("pretrain", "beit_cpu_minutes", recipe, method__pixel_clusters="{clusters: 16}")
+    for options in ([], ["--out", tmp_path / "elsewhere"]):
+        result = _foreseen("replay", bundle, *options)
+        assert result.exit_code == 0, result.output
+        assert "reproduced, bit for bit" in result.output
+
+
 @pytest.mark.slow
 def test_a_healthy_run_of_mae_leaves_no_bundle(recipe: Recipe, tmp_path: Path) -> None:
     overrides = recipe(run__steps=250, optim__warmup_steps=100, batch__global_size=8)

@@ -74,6 +74,23 @@ def test_colours_do_not_depend_on_how_a_batch_is_cut(exact: bool, monkeypatch: p
     assert not torch.equal(whole["local"][:, 0], whole["local"][:, 1])
 
 
+def test_crops_that_are_changed_all_at_once_as_on_a_gpu_get_the_same_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = View("image", (24, 20), count=3, colour=ALL)
+    positions = np.arange(24)
+    found = seen(view, positions=positions)["image"]
+    monkeypatch.setattr(ColourChanges, "parts", lambda self, size, device: iter([np.arange(72)]))
+    assert torch.equal(seen(view, positions=positions)["image"], found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_changes_colours_as_a_cpu_does() -> None:
+    request = Request((View("image", (96, 80), count=2, colour=ALL, **LEVELS),))
+    batch = assemble(request, 0, np.arange(32), iter(pictures(32)))
+    on_cpu = finish(batch, request, CPU, torch.float32).images["image"]
+    on_gpu = finish(batch, request, torch.device("cuda"), torch.float32).images["image"]
+    assert (on_cpu - on_gpu.cpu()).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_colours_do_not_depend_on_workers(exact: bool, small_shards: Path) -> None:
     request = Request((View("image", (24, 32), count=2, colour=ALL.model_copy(update={"exact": exact})),))

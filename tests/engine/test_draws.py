@@ -13,24 +13,31 @@ from foreseen.data.batch import BatchLayout
 from foreseen.data.shards import ShardSet
 from foreseen.data.views import finish
 from foreseen.engine.objective import Progress
-from tests.engine.topologies import ACCUMULATIONS, EXEMPT, GLOBAL_SIZE, WORLDS, Topology, config_of, methods
+from tests.engine.topologies import ACCUMULATIONS, EXEMPT, GLOBAL_SIZE, WORLDS, Topology, config_of, made_ready, methods
 
 STEPS = 3  # 48 of 37 samples: an epoch's edge lies within a step
 METHODS = [(verb, method) for verb, method in methods() if method not in EXEMPT]
 DRAWN_ON_THE_DEVICE = {
-    "mae": {"mask", "drop_path"}, "supervised": {"drop_path"}, "dino": {"drop_path"}, "ibot": {"drop_path"},
+    "vqkd": {"drop_path", "codebook"},
+    "mae": {"mask", "drop_path"},
+    "beit": {"drop_path"},
+    "supervised": {"drop_path"},
+    "dino": {"drop_path"},
+    "ibot": {"drop_path"},
     "dinov2": {"drop_path"},
-}  # fmt: skip
-DRAWN_BY_WORKERS = {"supervised": {"mix", "erase"}, "ibot": {"mask"}, "dinov2": {"mask"}}
+}
+DRAWN_BY_WORKERS = {"beit": {"mask"}, "ibot": {"mask"}, "dinov2": {"mask"}, "supervised": {"mix", "erase"}}
 
 
 @pytest.mark.parametrize(("verb", "method"), METHODS)
 def test_all_that_is_drawn_is_the_same_however_a_batch_is_cut(
-    small_shards: Path, monkeypatch: pytest.MonkeyPatch, verb: Verb, method: str
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: Verb, method: str
 ) -> None:
-    config = config_of(verb, method, small_shards, Path("none"), Topology(1, 1)).with_length(37)
+    shards = ShardSet.open(small_shards, "train")
+    config = config_of(verb, method, small_shards, tmp_path / "run", Topology(1, 1)).with_length(37)
+    config = made_ready(verb, config, shards)
     torch.manual_seed(0)
-    job = command_of(verb).make_job(config, ShardSet.open(small_shards, "train"))
+    job = command_of(verb).make_job(config, shards)
     job.objective.train().double()
     drawn: dict[str, Tensor] = {}
     bits = device_keys.keyed_bits

@@ -295,6 +295,23 @@ def test_shards_that_changed_since_the_checkpoint_are_refused(small_shards: Path
         run(changed, configure(tmp_path / "run"))
 
 
+def test_another_frozen_network_is_refused_when_going_on(small_shards: Path, tmp_path: Path) -> None:
+    def networks(**sha256: str) -> Any:
+        return lambda: sha256
+
+    run(small_shards, configure(tmp_path, run__steps=3), frozen_inputs=networks(teacher="a" * 64))
+    state = json.loads((tmp_path / "checkpoints/step-3/state.json").read_text(encoding="utf-8"))
+    assert state["frozen_inputs"] == {"teacher": "a" * 64}
+    longer = configure(tmp_path, run__steps=3)
+    run(small_shards, longer, frozen_inputs=networks(teacher="a" * 64))
+    with pytest.raises(
+        BadInput, match="the teacher changed since the run in run.dir .* was aaaaaaaa… and is bbbbbbbb…"
+    ):
+        run(small_shards, longer, frozen_inputs=networks(teacher="b" * 64))
+    with pytest.raises(BadInput, match="the teacher changed .* and is none"):
+        run(small_shards, longer)
+
+
 def test_a_batch_that_cannot_be_cut_is_refused_with_sizes_that_fit(small_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"global_size 16 is not a multiple of 1 ranks × batch.micro_size 7 .* 8, 16"):
         run(small_shards, configure(tmp_path, batch__micro_size=7))

@@ -5,6 +5,7 @@ from foreseen.errors import BadInput
 from foreseen.models.backbone import create_backbone
 from foreseen.models.initialise import initialise
 from foreseen.models.position import resize_pos_embed
+from foreseen.models.relative_position import resize_relative_position
 
 TINY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
@@ -63,3 +64,43 @@ def test_a_backbone_that_does_not_fit_is_named_and_left_alone(args, sentence):
     with pytest.raises(BadInput, match=sentence):
         initialise(model, encoder.state_dict(), img_size=(32, 32), source="enc")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+
+
+def beit(*, img_size=(32, 32), args=None, **options):
+    tiny = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    model = create_backbone("beit_base_patch16_224", img_size=img_size, args={**tiny, **(args or {})}, **options)
+    for name, parameter in model.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (32, 48), (16, 16)])
+def test_beits_shared_table_is_copied_into_every_block_at_the_models_size(size):
+    encoder, classifier = beit(args=SHARED), beit(img_size=size, num_classes=5, pool="mean")
+    done = initialise(classifier, encoder.state_dict(), img_size=(32, 32), source="enc")
+    assert done.fresh == ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
+    assert done.unused == ("norm.weight", "norm.bias")
+    table = encoder.rel_pos_bias.relative_position_bias_table
+    expected = resize_relative_position(table, (4, 4), (size[0] // 8, size[1] // 8))
+    for block in classifier.blocks:
+        assert torch.equal(block.attn.relative_position_bias_table, expected)
+    assert torch.equal(classifier.blocks[1].gamma_2, encoder.blocks[1].gamma_2)
+
+
+@pytest.mark.parametrize("args", [SHARED, {}, {**SHARED, "use_rel_pos_bias": True}, {"use_abs_pos_emb": True}])
+def test_beits_own_tables_are_carried_over_and_resized(args):
+    encoder, larger = beit(args=args), beit(args=args, img_size=(48, 48))
+    done = initialise(larger, encoder.state_dict(), img_size=(32, 32), source="enc")
+    assert done.fresh == done.unused == ()
+    for name, value in larger.state_dict().items():
+        if name.endswith("relative_position_bias_table"):
+            assert torch.equal(value, resize_relative_position(encoder.state_dict()[name], (4, 4), (6, 6)))
+
+
+def test_tables_per_block_do_not_become_a_shared_one():
+    with pytest.raises(BadInput, match=r"enc has no rel_pos_bias.relative_position_bias_table"):
+        initialise(beit(args=SHARED), beit().state_dict(), img_size=(32, 32), source="enc")

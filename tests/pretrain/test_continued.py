@@ -12,7 +12,7 @@ from foreseen.commands.verbs import load_recipe
 from foreseen.data.views import IMAGENET_MEAN, IMAGENET_STD
 from foreseen.handoff.encoder import Preprocessing, save_encoder
 from foreseen.models.backbone import create_backbone
-from tests.small_methods import SMALL
+from tests.small_methods import small_method
 
 ARGS = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -28,10 +28,11 @@ def learnt(tmp_path: Path) -> Path:
 
 def _run(tmp_path: Path, small_shards: Path, learnt: Path, method: str, *overrides: str) -> Path:
     folder = tmp_path / "run"
+    small = [f"{key}={value}" for key, value in small_method(load_recipe("pretrain", f"{method}_cpu_minutes")).items()]
     config = load_recipe("pretrain", f"{method}_cpu_minutes", [
         f"run.dir={folder}", f"data.path={small_shards}", "data.workers=0", "run.steps=4", "run.log_every=1",
         "model.name=null", "model.args=null", f"model.init_from={learnt}", "views.size=48", "batch.global_size=8",
-        "optim.warmup_steps=0", "optim.layer_decay=0.5", "method.teacher_momentum=0.0", *SMALL[method], *overrides,
+        "optim.warmup_steps=0", "optim.layer_decay=0.5", "method.teacher_momentum=0.0", *small, *overrides,
     ])  # fmt: skip
     pretrain.run(config)
     return folder

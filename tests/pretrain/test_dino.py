@@ -21,20 +21,19 @@ from foreseen.models.projection_head import ProjectionHead
 from foreseen.pretrain.dino import DINO, from_official
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
-from tests.small_methods import SMALL
+from tests.small_methods import small_method
 
 ARGS = "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"
 PROGRESS = Progress(0, 20, 5.0, 0)
 
 
 def _config(**more: Any) -> Config:
-    overrides = {
+    overrides = small_method(load_recipe("pretrain", "dino_vit_s16")) | {
         "views.size": 32, "model.args": ARGS, "batch.global_size": 16, "run.epochs": "null", "run.steps": 20,
         "optim.warmup_epochs": "null", "optim.warmup_steps": 0,
     }  # fmt: skip
     overrides |= {key.replace("__", "."): value for key, value in more.items()}
-    small = [item for item in SMALL["dino"] if item.partition("=")[0] not in overrides]
-    return load_recipe("pretrain", "dino_vit_s16", [*small, *(f"{k}={v}" for k, v in overrides.items())])
+    return load_recipe("pretrain", "dino_vit_s16", [f"{k}={v}" for k, v in overrides.items()])
 
 
 def _crops(size: int, scale: str = "[0.05, 0.4]") -> str:

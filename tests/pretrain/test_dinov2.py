@@ -22,7 +22,7 @@ from foreseen.pretrain.distillation_losses import koleo
 from foreseen.pretrain.target_balance import scaled_logits, sinkhorn_shift
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
-from tests.small_methods import SMALL
+from tests.small_methods import small_method
 
 ARGS = "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3, init_values: 0.1}"
 PROGRESS = Progress(0, 20, 5.0, 0)
@@ -31,13 +31,12 @@ Dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def _config(**more: Any) -> Config:
-    overrides = {
+    overrides = small_method(load_recipe("pretrain", "dinov2_vit_l16_short")) | {
         "views.size": 32, "model.args": ARGS, "batch.global_size": 16, "run.epochs": "null", "run.steps": 20,
         "optim.warmup_epochs": "null", "optim.warmup_steps": 0,
     }  # fmt: skip
     overrides |= {key.replace("__", "."): value for key, value in more.items()}
-    small = [item for item in SMALL["dinov2"] if item.partition("=")[0] not in overrides]
-    return load_recipe("pretrain", "dinov2_vit_l16_short", [*small, *(f"{k}={v}" for k, v in overrides.items())])
+    return load_recipe("pretrain", "dinov2_vit_l16_short", [f"{k}={v}" for k, v in overrides.items()])
 
 
 def _small(**more: Any) -> DINOv2:
