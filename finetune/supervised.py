@@ -8,7 +8,7 @@ trains from scratch: the control is the same code.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from foreseen.device_keys import subkey
 from foreseen.engine.layer_decay import parameter_rules
 from foreseen.engine.objective import Objective, ParameterRule, Progress
 from foreseen.finetune.augment import EraseBox, RandAugment, erase
+from foreseen.finetune.freeze import freeze, frozen_modules, frozen_parameters
 from foreseen.finetune.mixing import PairMix, mix, soft_targets
 from foreseen.handoff.encoder import Preprocessing, create_encoder
 from foreseen.models.backbone import Pool
@@ -47,6 +48,9 @@ class SupervisedOptions(MethodOptions):
     """Share of the pairs of images that are mixed, by either."""
     switch_prob: float = Field(0.5, ge=0, le=1)
     """Share of the mixed pairs that get CutMix, where both are on."""
+    freeze: Literal["embeddings"] | Annotated[int, Field(ge=1)] | None = None
+    """What stays as it was begun: the "embeddings" (patches, positions, tokens; a CNN's stem), or those and so many
+    blocks from there on. It is not trained, has no drop path, and its BatchNorm keeps its statistics."""
     head_init_std: float = Field(2e-5, gt=0)
     """Of a new head on an encoder: of MAE, and of BEiT (0.02 × 0.001); from scratch it is drawn as timm draws it."""
     decay_relative_positions: bool = True
@@ -89,6 +93,7 @@ class Supervised(Objective):
             )
             draws.append(Draw("mix", draw, group=2))
         self._request = Request(views=(view,), draws=tuple(draws), labels=True)
+        self.frozen = frozen_parameters(model, options.freeze)
 
     @classmethod
     def build(cls, config: Config, num_classes: int) -> "Supervised":
@@ -131,7 +136,7 @@ class Supervised(Objective):
         return {"loss": loss, "top1": (logits.argmax(dim=1) == batch.label).to(logits.dtype).mean()}
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the labelled samples: how many, how many right at first and among five, and the cross-entropy."""
+        """Sums over the labelled samples: how many, right at first and among five, the cross-entropy; and logits."""
         assert batch.label is not None
         known = batch.label >= 0
         label = batch.label.clamp(min=0)
@@ -143,6 +148,7 @@ class Supervised(Objective):
             "top1": (hits[:, 0] & known).sum(),
             "top5": (hits.any(dim=1) & known).sum(),
             "loss": (loss * known).sum(),
+            "logits": logits,
         }
 
     def encoder(self) -> nn.Module:
@@ -153,7 +159,14 @@ class Supervised(Objective):
         """MAE's and BEiT's layer decay; see `foreseen.engine.layer_decay`."""
         decayed = self.options.decay_relative_positions
         rules = parameter_rules(self.model, layer_decay, decay_relative_positions=decayed)
-        return {f"model.{name}": rule for name, rule in rules.items()}
+        return {f"model.{name}": rule for name, rule in freeze(rules, self.frozen).items()}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; what is frozen stays as in evaluation."""
+        super().train(mode)
+        for module in frozen_modules(self.model, self.frozen):
+            module.eval()
+        return self
 
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """What the network is shown: [N, 3, H, W] uint8."""

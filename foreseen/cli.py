@@ -9,8 +9,10 @@ import typer
 from foreseen import __version__
 from foreseen.commands import (
     data,
+    embed,
     finetune,
     import_,
+    predict,
     pretrain,
     probe,
     quickstart,
@@ -40,6 +42,8 @@ app.command()(tokenizer.tokenizer)
 app.command()(pretrain.pretrain)
 app.command()(probe.probe)
 app.command()(finetune.finetune)
+app.command()(predict.predict)
+app.command()(embed.embed)
 app.command("import")(import_.import_)
 app.command()(replay.replay)
 app.command()(results.results)

@@ -46,6 +46,9 @@ class Run(Section):
     """Steps between two lines of metrics; the only moments at which the host waits for the device."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations on the validation samples; null evaluates at every checkpoint."""
+    stop_after: int | None = Field(None, ge=1)
+    """Evaluations on the validation samples in a row without a better score, after which the run ends; null never ends
+    early. The learning rate follows its schedule over the whole length all the same."""
     pictures_every: int | None = Field(None, ge=1)
     """Steps between pictures in TensorBoard; null shows them at every checkpoint."""
     ledger: bool | Literal["pixels"] = False
@@ -122,6 +125,9 @@ class Data(Section):
     """Labelled samples per class that fine-tuning may train on; null takes all."""
     subset_seed: int = 0
     """Which samples become validation and shots."""
+    balance: Literal["sqrt", "full"] | None = None
+    """How often rare classes are seen in training: `full` sees all classes alike, `sqrt` each by the square root of its
+    size; null, or none, as they occur. An epoch is as long as without."""
     workers: int = Field(4, ge=0)
     """Loader processes per rank; the batches do not depend on it."""
     fast_decode: bool = True
@@ -133,6 +139,11 @@ class Data(Section):
     """Most pixels of a picture, width × height; its header decides, before any pixel is decoded."""
     max_bytes: int = Field(64 << 20, ge=1)
     """Most bytes of a picture, encoded."""
+
+    @field_validator("balance", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
     @property
     def shards_in_block(self) -> int | None:

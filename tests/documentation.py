@@ -96,7 +96,7 @@ def shrunk(arguments: list[str], shards: Path, archives: Path) -> list[str]:
         return [*arguments[:3], "--from", str(archives), "--workers", "1"]
     if arguments[:2] == ["data", "pack"]:
         return [*arguments, "--workers", "1"]
-    if arguments[0] == "probe":
+    if arguments[0] in ("probe", "predict", "embed"):
         return [*arguments, "--workers", "0"]
     job = split_job(arguments)
     if job is None:
@@ -116,6 +116,8 @@ def shrunk(arguments: list[str], shards: Path, archives: Path) -> list[str]:
     smaller |= {key: value for key, value in small_method(config).items() if key not in given}
     if verb == "finetune":
         smaller |= {"data.shots": 2, "data.validation_fraction": 0.2}
+        if isinstance(getattr(config.method, "freeze", None), int):
+            smaller["method.freeze"] = 1
     if "--seeds" in options:
         options[options.index("--seeds") + 1] = "1"
     return [verb, recipe, *overrides, *(f"{key}={value}" for key, value in smaller.items()), *options]

@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from foreseen.config import Config
+    from foreseen.data.leak import Leak
     from foreseen.data.shards import ShardSet
     from foreseen.data.subsets import Subsets
     from foreseen.engine.job import Job, Outcome
+    from foreseen.engine.predictions import PredictionKeeper
 
 
 def finetune(
@@ -66,6 +68,7 @@ def run(config: "Config") -> "Outcome":
     """
     from dataclasses import replace
 
+    from foreseen.commands.labelled_data import look_at_test, say_unlabelled
     from foreseen.commands.session import open_shards, record_config, session
     from foreseen.data.loader import BatchBuilder, SweepDataset
     from foreseen.engine.train import train
@@ -73,7 +76,8 @@ def run(config: "Config") -> "Outcome":
     with session(config) as (accelerator, say):
         shards = open_shards(config, config.data.split, accelerator)
         subsets = _subsets(config, shards)
-        _look_at_test(config, accelerator)
+        say_unlabelled(shards, say)
+        leak = look_at_test(config, shards, accelerator)
         config = config.with_length(len(subsets.train))
         record_config(config, accelerator)
         job = make_job(config, shards)
@@ -90,7 +94,7 @@ def run(config: "Config") -> "Outcome":
         if outcome.preempted:
             say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
         else:
-            _finish(job, outcome, accelerator, size)
+            _finish(job, outcome, accelerator, size, shards, leak)
     return outcome
 
 
@@ -122,6 +126,7 @@ def _subsets(config: "Config", shards: "ShardSet") -> "Subsets":
             "(ROOT/class/*.jpg, and no picture outside one), from a column of a CSV (data.columns.label), or from "
             "foreseen data pack SRC OUT --labels folder"
         )
+    _ = shards.num_classes  # names a sample whose label is out of range
     data = config.data
     subsets = labelled_subsets(
         shards.labels, validation_fraction=data.validation_fraction, shots=data.shots, seed=data.subset_seed
@@ -131,34 +136,17 @@ def _subsets(config: "Config", shards: "ShardSet") -> "Subsets":
     return subsets
 
 
-def _look_at_test(config: "Config", accelerator: "Accelerator") -> None:
-    """Say before training that there will be no test score, where there is no test split.
-
-    Raises:
-        BadInput: there is one, and none of it has a label.
-    """
-    from foreseen.commands.session import open_shards
-    from foreseen.errors import BadInput
-
-    try:
-        test = open_shards(config, config.data.test_split, accelerator)
-    except BadInput as error:
-        accelerator.print(f"there will be no test score: {error}")
-        return
-    if test.labels is None or not (test.labels >= 0).any():
-        raise BadInput(
-            f"split {test.split!r} of {test.place} has no labels to be scored by; name a labelled one in "
-            "data.test_split, or one that is not there, such as none, to train without a score"
-        )
-
-
-def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int) -> None:
-    """Take the checkpoint that validation chose, read the test split with it, and hand it over."""
+def _finish(
+    job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int, shards: "ShardSet", leak: "Leak | None"
+) -> None:  # fmt: skip
+    """Take the checkpoint that validation chose, read the test split with it, hand it over and report its mistakes."""
     from functools import partial
 
+    from foreseen.commands.score_report import write_report
     from foreseen.data.batch import BatchLayout
     from foreseen.engine.job import load_best
     from foreseen.engine.memory import advise_on_scores, memory_advice
+    from foreseen.engine.predictions import PredictionKeeper
     from foreseen.handoff.encoder import Preprocessing, save_encoder
     from foreseen.handoff.lineage import describe_lineage
 
@@ -167,7 +155,9 @@ def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: in
     layout = BatchLayout(config.batch.global_size, size, accelerator.num_processes)
     advice = partial(advise_on_scores, layout, objective.group)
     with memory_advice(f"in the test split at batch.micro_size {size}", advice):
-        result = _score(job, outcome, accelerator, size)
+        keep = PredictionKeeper()
+        result, judged = _score(job, outcome, accelerator, size, shards, leak, keep)
+        found = keep.gather(accelerator)
     if not accelerator.is_main_process:
         return
     seen = Preprocessing.of_view(objective.evaluation_request().views[0])
@@ -175,13 +165,22 @@ def _finish(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: in
     frozen_inputs = objective.frozen_inputs()
     lineage = describe_lineage(config, job.builder.shards, step, outcome.parents, frozen_inputs) | {"result": result}
     folder = config.run.dir / "encoder"
-    save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
+    save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage, class_names=shards.classes)
     accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
+    if found is not None:
+        what = f"Split {judged.split!r} of {judged.place}, with the weights of step {step}. {result['notes']}"
+        page = write_report(config.run.dir, judged, found, what=what, num_classes=shards.num_classes)
+        accelerator.print(f"what it gets wrong: {page}")
 
 
-def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int) -> dict[str, Any]:
+def _score(
+    job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int, train: "ShardSet", leak: "Leak | None",
+    keep: "PredictionKeeper",
+) -> "tuple[dict[str, Any], ShardSet]":  # fmt: skip
+    """Write result.json; the result, and the split that `keep` has seen: test, or validation where there is no test."""
     import json
 
+    from foreseen.commands.labelled_data import describe_leak
     from foreseen.commands.session import open_shards
     from foreseen.data.batch import Problem
     from foreseen.data.loader import BatchBuilder, SweepDataset
@@ -203,26 +202,39 @@ def _score(job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int
         "training_data": describe_data(job.builder.shards, labels=True),
         "validation": {"top1": best[1] if best else None, "count": validation},
     }
-    try:
-        shards = open_shards(config, config.data.test_split, accelerator)
-        request = job.objective.evaluation_request()
-        judge = BatchBuilder.configured(shards, request, config)
-        ranks, rank = accelerator.num_processes, accelerator.process_index
-        sweep = SweepDataset(judge, size, rank=rank, ranks=ranks)
-        result["test_data"] = {"path": shards.address, "split": shards.split}
+    notes: list[str] = []
+
+    def score(sweep: "SweepDataset", use: str) -> dict[str, float]:
         problems: list[Problem] = []
-        result["test"] = evaluate(
-            job.objective, sweep, accelerator, config.compute, workers=config.data.workers, problems=problems
+        numbers = evaluate(
+            job.objective, sweep, accelerator, config.compute, workers=config.data.workers, problems=problems, keep=keep
         )
         listed = UnreadableList(config.run.dir, accelerator)
         listed.recall()
-        for problem in listed.add(problems, "test", lambda _: result["step"])[:5]:
-            accelerator.print(f"unreadable, in test: {problem}")
+        for problem in listed.add(problems, use, lambda _: result["step"])[:5]:
+            accelerator.print(f"unreadable, in {use}: {problem}")
+        if numbers["unreadable"]:
+            notes.append(f"{int(numbers['unreadable'])} pictures could not be read; others stand in their places.")
+        return numbers
+
+    try:
+        judged = open_shards(config, config.data.test_split, accelerator)
+        judge = BatchBuilder.configured(judged, job.objective.evaluation_request(), config)
+        ranks, rank = accelerator.num_processes, accelerator.process_index
+        result["test_data"] = {"path": judged.address, "split": judged.split}
+        if leak is not None:
+            notes.append(describe_leak(leak, train, judged))
+            result["leak"] = {"identical": leak.identical, "said": notes[-1]}
+        result["test"] = score(SweepDataset(judge, size, rank=rank, ranks=ranks), "test")
     except BadInput as error:
         accelerator.print(f"no test score: {error}")
+        judged = train
+        notes.append("These are the validation pictures, by which the weights were chosen, as there is no test split.")
+        score(job.validation, "validation")
     else:
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["test"].items())
         accelerator.print(f"test split, read once, with the step that validation chose ({result['step']}): {numbers}")
+    result["notes"] = " ".join(notes)
     if accelerator.is_main_process:
         write_atomically(config.run.dir / "result.json", json.dumps(result, indent=2) + "\n")
-    return result
+    return result, judged

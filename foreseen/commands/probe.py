@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from numpy.typing import NDArray
 
+    from foreseen.config import Compute
     from foreseen.data.batch import Problem
+    from foreseen.data.loader import BatchBuilder
     from foreseen.data.shards import ShardSet
+    from foreseen.data.subsets import Subsets
     from foreseen.engine.extract import Extracted
+    from foreseen.engine.labelled import TrainedProbe
     from foreseen.engine.probe import Probe
     from foreseen.handoff.frozen import FrozenEncoder
     from foreseen.models.features import Features
@@ -44,8 +48,13 @@ def probe(
         Pooling | None, typer.Option(help="Class token, mean of the patches, or both; else the encoder's own way.")
     ] = None,
     shots: Annotated[int | None, typer.Option(min=1, help="Labels a class; all if left out.")] = None,
-    linear: Annotated[bool, typer.Option(help="Train a linear probe as well.")] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Which shots, and how the linear probe starts.")] = 0,
+    linear: Annotated[
+        bool, typer.Option(help="Train a linear probe as well, over a grid of learning rates and weight decays.")
+    ] = True,
+    attentive: Annotated[
+        bool, typer.Option("--attentive", help="Train an attentive probe on the patches as well, over such a grid.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Which shots, and how what is trained starts.")] = 0,
     image_column: Column = None,
     label_column: Column = None,
     split_column: Column = None,
@@ -62,11 +71,14 @@ def probe(
     from foreseen.engine.launch import choose_attention, start
     from foreseen.engine.unreadable import describe_problem
     from foreseen.engine.verdict import verdict
+    from foreseen.errors import BadInput
     from foreseen.handoff.frozen import frozen_encoder
     from foreseen.handoff.seen import count_seen, describe_seen
     from foreseen.models.features import default_features
 
     accelerator = start(Compute(precision=_PRECISION))
+    if attentive and accelerator.num_processes > 1:
+        raise BadInput("--attentive is one process: start it without a launcher")
     with accelerator.main_process_first():  # public weights are downloaded once
         frozen = frozen_encoder(encoder)
     choose_attention(frozen.model.to(accelerator.device), accelerator.device)
@@ -75,7 +87,9 @@ def probe(
     named = Data(path=data, columns=columns, hf_config=hf_config)
     size = max(frozen.preprocessing.size)
     shards = open_data(named, split, accelerator, size=size)
-    exam = _Exam(frozen, pooling, accelerator, shots=shots, linear=linear, seed=seed, workers=workers)
+    exam = _Exam(
+        frozen, pooling, accelerator, shots=shots, linear=linear, attentive=attentive, seed=seed, workers=workers
+    )
     seen, note = None, None
     if shards.labels is None or not (shards.labels >= 0).any():
         found = exam.without_labels(shards)
@@ -111,10 +125,11 @@ class _Exam:
 
     def __init__(
         self, frozen: "FrozenEncoder", features: "Features", accelerator: "Accelerator", *, shots: int | None,
-        linear: bool, seed: int, workers: int,
+        linear: bool, attentive: bool, seed: int, workers: int,
     ) -> None:  # fmt: skip
         self.frozen, self.features, self.accelerator = frozen, features, accelerator
-        self.shots, self.linear, self.seed, self.workers = shots, linear, seed, workers
+        self.shots, self.linear, self.attentive = shots, linear, attentive
+        self.seed, self.workers = seed, workers
         self.problems: list[Problem] = []
 
     def without_labels(self, shards: "ShardSet") -> "Probe":
@@ -126,6 +141,8 @@ class _Exam:
 
     def with_labels(self, shards: "ShardSet", test: "ShardSet") -> "Probe":
         """Everything: the test split is read once, and nothing is chosen by it."""
+        from dataclasses import replace
+
         import numpy as np
         import torch
 
@@ -150,29 +167,70 @@ class _Exam:
             num_classes=max(shards.num_classes, test.num_classes),
             seed=self.seed,
         )
-        return probe(torch.cat([seen.features, judged.features]), exam)
+        found = probe(torch.cat([seen.features, judged.features]), exam)
+        return replace(found, attentive=self._attentive(shards, test, parts)) if self.attentive else found
 
-    def _seen(self, shards: "ShardSet", samples: "NDArray[np.int64]") -> "Extracted":
-        from foreseen.config import Compute
+    def _attentive(self, shards: "ShardSet", test: "ShardSet", parts: "Subsets") -> "TrainedProbe":
+        """The attentive probe, on the same cut; patches lie in files that are removed at the end."""
+        import tempfile
+
+        import numpy as np
+
+        from foreseen.engine.attentive_probe import attentive_probe
+        from foreseen.engine.extract_patches import extract_patches
+
+        assert shards.labels is not None
+        assert test.labels is not None
+        with tempfile.TemporaryDirectory(prefix="foreseen-patches-") as folder:
+            seen, judged = (
+                extract_patches(
+                    self.frozen.model, self._builder(split), samples, self.accelerator, _compute(),
+                    Path(folder) / f"{split.split}.npy", batch_size=_BATCH, workers=self.workers,
+                )
+                for split, samples in (
+                    (shards, np.union1d(parts.train, parts.validation)),
+                    (test, np.flatnonzero(test.labels >= 0)),
+                )
+            )  # fmt: skip
+            return attentive_probe(
+                seen.labelled(parts.train, shards.labels),
+                seen.labelled(parts.validation, shards.labels),
+                judged.labelled(judged.samples, test.labels),
+                num_classes=max(shards.num_classes, test.num_classes),
+                seed=self.seed,
+                device=self.accelerator.device,
+            )
+
+    def _builder(self, shards: "ShardSet") -> "BatchBuilder":
         from foreseen.data.loader import BatchBuilder
         from foreseen.data.views import Request
+
+        return BatchBuilder(shards, Request(views=(self.frozen.preprocessing.view(),)), self.seed)
+
+    def _seen(self, shards: "ShardSet", samples: "NDArray[np.int64]") -> "Extracted":
         from foreseen.engine.extract import extract
 
-        builder = BatchBuilder(shards, Request(views=(self.frozen.preprocessing.view(),)), self.seed)
         found = extract(
-            self.frozen.model, self.features, builder, samples, self.accelerator, Compute(precision=_PRECISION),
+            self.frozen.model, self.features, self._builder(shards), samples, self.accelerator, _compute(),
             batch_size=_BATCH, workers=self.workers,
         )  # fmt: skip
         self.problems += found.problems
         return found
 
 
+def _compute() -> "Compute":
+    from foreseen.config import Compute
+
+    return Compute(precision=_PRECISION)
+
+
 def _table(found: "Probe", features: str, unreadable: "Sequence[Problem]") -> list[str]:
     rows = [(f"k-NN, k = {k}", accuracy, "") for k, accuracy in found.knn.items()]
-    if found.linear is not None:
-        edge = ", the end of the grid" if found.linear.lr_is_extreme else ""
-        chosen = f"lr {found.linear.lr:g}{edge}, by {found.linear.validation_top1:.1%} on validation"
-        rows.append(("linear", found.linear.accuracy, chosen))
+    for name, trained in (("linear", found.linear), ("attentive", found.attentive)):
+        if trained is not None:
+            edge = ", the end of the grid" if trained.lr_is_extreme else ""
+            rates = f"lr {trained.lr:g}{edge}, weight decay {trained.weight_decay:g}"
+            rows.append((name, trained.accuracy, f"{rates}, by {trained.validation_top1:.1%} on validation"))
     lines = []
     if rows:
         lines = [f"{found.judged} pictures judged".ljust(28) + f"{'top-1':>8}{'top-5':>8}"]

@@ -1,11 +1,12 @@
 """The page that a quickstart ends in: pictures, curves and the table, in one HTML file that needs nothing else."""
 
-import base64
 import html
 import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from foreseen.commands.html_page import figure, write_html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,20 +18,6 @@ if TYPE_CHECKING:
 FILE_NAME = "summary.html"
 _BLUE, _RED, _DARK = "#2a7f9e", "#b5562b", "#1c2733"
 _ZOOM = 2  # the pictures are small
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733; }
-h1 { margin-bottom: 0; }
-h2 { margin-top: 2.2rem; }
-.verdict { font-size: 1.15rem; border-left: 4px solid #2a7f9e; padding: .2rem 1rem; background: #f0f6f8; }
-table { border-collapse: collapse; }
-th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #d5dde3; }
-tr.first td { font-weight: 600; }
-img { max-width: 100%; image-rendering: pixelated; }
-img.plot { image-rendering: auto; }
-figure { margin: 1rem 0; }
-figcaption { color: #51606d; font-size: .95rem; }
-pre { background: #f3f5f7; padding: .8rem; }
-"""
 
 
 def write_page(folder: Path, pretraining: "Config", plan: "Plan") -> Path:
@@ -46,7 +33,6 @@ def write_page(folder: Path, pretraining: "Config", plan: "Plan") -> Path:
     """
     from foreseen.commands import controls
     from foreseen.commands.quickstart import TEST, TRAIN
-    from foreseen.files import write_atomically
 
     finetuning = plan.pretrained.config
     record = json.loads((finetuning.run.dir.parent / controls.FILE_NAME).read_text(encoding="utf-8"))
@@ -58,16 +44,16 @@ def write_page(folder: Path, pretraining: "Config", plan: "Plan") -> Path:
         "others. The pretrained side has had more computing: what is compared is what the same labels give.</p>",
         f"<p class=verdict>{html.escape(record['verdict'])}</p>",
         _table(record),
-        _figure(_scores(record), "Top-1 on the test pictures; a dot is a seed, with labels of its own.", "plot"),
+        figure(_scores(record), "Top-1 on the test pictures; a dot is a seed, with labels of its own.", "plot"),
         "<h2>The pictures</h2>",
-        _figure(
+        figure(
             _breeds(pretraining.views.size[0]),
             "Twelve breeds, told apart by ears, face and coat; colour, pose, light and background say nothing.",
             "plot",
         ),
         f"<h2>What {html.escape(method)} learned without labels</h2>",
-        *(_figure(image, caption) for caption, image in _pictures(pretraining.run.dir / "tensorboard").items()),
-        _figure(
+        *(figure(image, caption) for caption, image in _pictures(pretraining.run.dir / "tensorboard").items()),
+        figure(
             _curves(pretraining, plan),
             "Pretraining's loss; how often the frozen encoder's nearest neighbours name the breed, from before the "
             "first step on; and the training loss on the labelled pictures of the first seed. Frozen neighbours show "
@@ -83,9 +69,8 @@ def write_page(folder: Path, pretraining: "Config", plan: "Plan") -> Path:
         "    model.init_from=runs/mae_vit_b16/encoder --controls</pre>",
     ]
     title = f"foreseen quickstart: {method}"
-    page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>\n" + "\n".join(parts)
     path = folder / FILE_NAME
-    write_atomically(path, page + "\n")
+    write_html(path, title, parts)
     return path
 
 
@@ -201,16 +186,3 @@ def _curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     points = [(line["step"], line[name]) for line in lines if name in line]
     return [step for step, _ in points], [value for _, value in points]
-
-
-def _figure(picture: "Figure | Image", caption: str, kind: str = "pixels") -> str:
-    from PIL import Image
-
-    data = io.BytesIO()
-    if isinstance(picture, Image.Image):
-        picture.save(data, "PNG")
-    else:
-        picture.savefig(data, format="png", dpi=120)
-    source = base64.b64encode(data.getvalue()).decode()
-    text = html.escape(caption)
-    return f'<figure><img class={kind} src="data:image/png;base64,{source}"><figcaption>{text}</figcaption></figure>'

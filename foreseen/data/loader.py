@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from foreseen.config import Config
+from foreseen.data.balance import Balance, BalancedOrder
 from foreseen.data.batch import Batch, BatchLayout, Problem
 from foreseen.data.decode import MAX_PIXELS, decode
 from foreseen.data.order import BlockOrder, Order, SampleOrder
@@ -48,12 +49,13 @@ class BatchBuilder:
         block_shards: shards that the order takes its samples from at a time; None for all.
         checksums: take a checksum of all that is made of each sample.
         max_pixels, max_bytes: of one picture; larger ones are unreadable, by their headers.
+        balance: how often rare classes are seen; None as they occur.
     """
 
     def __init__(
         self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True,
         block_shards: int | None = None, checksums: bool = False, max_pixels: int = MAX_PIXELS,
-        max_bytes: int = MAX_BYTES,
+        max_bytes: int = MAX_BYTES, balance: Balance | None = None,
     ) -> None:  # fmt: skip
         if request.labels and shards.labels is None:
             raise BadInput(
@@ -66,6 +68,7 @@ class BatchBuilder:
         self.block_shards = block_shards
         self.checksums = checksums
         self.max_pixels, self.max_bytes = max_pixels, max_bytes
+        self.balance = balance
 
     @classmethod
     def configured(cls, shards: ShardSet, request: Request, config: Config) -> Self:
@@ -74,6 +77,7 @@ class BatchBuilder:
         return cls(
             shards, request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block,
             checksums=config.run.ledger == "pixels", max_pixels=data.max_pixels, max_bytes=data.max_bytes,
+            balance=data.balance,
         )  # fmt: skip
 
     def feed(
@@ -204,7 +208,9 @@ class StreamDataset(Dataset[Batch]):
         self.subset = subset
         self.notes: tuple[str, ...] = ()
         self.order: SampleOrder
-        if builder.block_shards is None:
+        if builder.balance is not None:
+            self.order = BalancedOrder(builder.seed, _labels_of(builder, subset), builder.balance)
+        elif builder.block_shards is None:
             self.order = Order(builder.seed, len(builder.shards) if subset is None else len(subset))
         else:
             if subset is not None:
@@ -238,6 +244,23 @@ class StreamDataset(Dataset[Batch]):
             self.builder.shards.expect(self.order.shards_ahead(int(positions[-1])))
         samples = self.order.samples(positions)
         return self.builder.build(positions, samples if self.subset is None else self.subset[samples], self.subset)
+
+
+def _labels_of(builder: BatchBuilder, subset: NDArray[np.int64] | None) -> NDArray[np.int32]:
+    """The class of each sample that takes part in a stream that is balanced by class."""
+    shards = builder.shards
+    if builder.block_shards is not None:
+        raise BadInput(f"data.balance {builder.balance} takes samples from any shard: set data.order=full")
+    if shards.labels is None:
+        raise BadInput(f"data.balance {builder.balance} needs labels, and {shards.place} has none: set it to null")
+    labels = np.asarray(shards.labels if subset is None else shards.labels[subset])
+    if len(missing := np.flatnonzero(labels < 0)):
+        sample = int(missing[0] if subset is None else subset[missing[0]])
+        raise BadInput(
+            f"data.balance {builder.balance} needs a label of every sample trained on, and {shards.describe(sample)} "
+            "has none: label it, or set data.balance=null"
+        )
+    return labels
 
 
 def _samples_taken(shard_samples: list[int], subset: NDArray[np.int64] | None) -> list[int]:

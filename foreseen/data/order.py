@@ -32,7 +32,8 @@ class SampleOrder(Protocol):
     """A function from positions of the stream to samples.
 
     Attributes:
-        num_samples: samples in the set, N; each stands once in every N positions from a multiple of N on.
+        num_samples: samples in the set, N; each stands once in every N positions from a multiple of N on, but where
+            classes are balanced.
         name: what a checkpoint calls it: another name is another stream.
     """
 

@@ -1,6 +1,7 @@
 """Pictures to look at, one by one, whether they are packed or still lie where they came from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreseen.data.manifest import Manifest, read_manifest
+from foreseen.data.open_set import Access, open_set
 from foreseen.data.open_source import SourceOptions, is_packed, open_source
 from foreseen.data.shards import ShardSet
-from foreseen.data.source import SourceSample, read_bounded
+from foreseen.data.source import Blob, SourceSample, is_picture, read_bounded
 from foreseen.data.store import LocalStore
+from foreseen.data.urls import is_url
 from foreseen.errors import BadInput
 from foreseen.files import expand_home
 from foreseen.printable import printable
@@ -110,3 +113,61 @@ def open_pictures(
         raise BadInput(f"--split is {split!r}, {src} has {', '.join(found.splits)}")
     chosen = found.splits if split is None else {split: found.splits[split]}
     return {name: ListedPictures(samples) for name, samples in chosen.items()}, Manifest({}, found.classes)
+
+
+@dataclass(frozen=True)
+class OneSplit:
+    """One split of whatever holds pictures, and the names of its classes, where it has some."""
+
+    pictures: Pictures
+    classes: tuple[str, ...] | None
+
+    def key(self, sample: int) -> str:
+        """Shard and key of a packed picture; empty where it is not packed."""
+        if isinstance(self.pictures, PackedPictures):
+            return "/".join(self.pictures.shards.shard_and_key(sample))
+        return ""
+
+    def label(self, sample: int) -> str | None:
+        """The name, or else the number, of a picture's class; None where it has none."""
+        labels = self.pictures.labels
+        if labels is None or labels[sample] < 0:
+            return None
+        return self.classes[labels[sample]] if self.classes else str(labels[sample])
+
+
+def open_one_split(src: str, split: str | None, options: SourceOptions, say: Callable[[str], None]) -> OneSplit:
+    """One split of a packed set, here or behind a URL, or of a source, which is not packed for it; or a single picture.
+
+    Args:
+        src: any of these.
+        split: which, where there are several.
+        options: how a source is read.
+        say: told in a line what is passed over, or fetched.
+
+    Raises:
+        BadInput: there is nothing that can be read, no such split, or several and none is named.
+    """
+    if is_url(src):
+        shards = open_set(src, split or _only((), src), Access(), say)
+        return OneSplit(PackedPictures(shards), shards.classes)
+    if is_packed(src):
+        manifest = read_manifest(expand_home(src))
+        shards = open_set(src, split or _only(sorted(manifest.splits), src), Access(), say)
+        return OneSplit(PackedPictures(shards), shards.classes)
+    path = expand_home(src)
+    if is_picture(src) and path.is_file():
+        return OneSplit(ListedPictures([SourceSample(src, Blob(str(path), path.stat().st_size))]), None)
+    found = open_source(src, options).read()
+    for note in found.notes:
+        say(printable(note))
+    if split is None and found.are_named:
+        split = _only(list(found.splits), src)
+    return OneSplit(ListedPictures(next(iter(found.choose(split).values()))), found.classes)
+
+
+def _only(splits: Sequence[str], src: str) -> str:
+    if len(splits) != 1:
+        there = f"the splits {', '.join(splits)}" if splits else "splits that are not listed before they are read"
+        raise BadInput(f"{src} has {there}: choose one by --split")
+    return splits[0]

@@ -114,8 +114,10 @@ class ShardSet:
         largest = -1 if self.labels is None or not len(self.labels) else int(self.labels.max())
         most = len(self.classes) if self.classes else _MOST_CLASSES
         if largest >= most:
+            sample = int(self.labels.argmax()) if self.labels is not None else 0
             raise BadInput(
-                f"split {self.split!r} of {self.path} has the label {largest:,}, and labels below {most:,} are what "
+                f"{self.describe(sample)} of split {self.split!r} of {self.path} has the label {largest:,}, and labels "
+                f"below {most:,} are what "
                 + ("its classes have names for" if self.classes else "is believed")
                 + ": pack the set again"
             )

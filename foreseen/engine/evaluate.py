@@ -1,10 +1,12 @@
 """Scoring a split: every sample once, whatever the number of ranks."""
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 
 from foreseen.config import Compute
-from foreseen.data.batch import Problem
+from foreseen.data.batch import Batch, Problem
 from foreseen.data.loader import SweepDataset, load
 from foreseen.data.views import finish
 from foreseen.engine.launch import autocast, image_dtype
@@ -14,7 +16,7 @@ from foreseen.errors import BadInput
 
 def evaluate(
     objective: Objective, sweep: SweepDataset, accelerator: Accelerator, compute: Compute, *, workers: int,
-    problems: list[Problem] | None = None,
+    problems: list[Problem] | None = None, keep: Callable[[Batch, torch.Tensor], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Mean of each number that `objective.evaluate` sums, over all samples of all ranks, and their "count".
 
@@ -27,6 +29,7 @@ def evaluate(
         compute: the config's section, for the precision.
         workers: loader processes.
         problems: takes in what this rank could not read.
+        keep: called with each of this rank's batches and its logits, where the objective gives them.
     """
     request = objective.evaluation_request()
     was_training = objective.training
@@ -36,7 +39,11 @@ def evaluate(
         for batch in load(sweep, range(len(sweep)), workers=workers, pin_memory=accelerator.device.type == "cuda"):
             if problems is not None:
                 problems.extend(batch.problems)
-            numbers = objective.evaluate(finish(batch, request, accelerator.device, image_dtype(compute)))
+            seen = finish(batch, request, accelerator.device, image_dtype(compute))
+            numbers = dict(objective.evaluate(seen))
+            logits = numbers.pop("logits", None)
+            if keep is not None and logits is not None:
+                keep(seen, logits)
             for name, value in {**numbers, "unreadable": torch.tensor(len(batch.problems))}.items():
                 zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
                 sums[name] = sums.get(name, zero) + value.to(accelerator.device)

@@ -91,7 +91,7 @@ def extract(
         with autocast(accelerator, compute):
             return pooled_features(model, images, features)
 
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         # A blank picture tells the width, also to a rank without a share.
         width = pooled(torch.zeros(1, 3, *view.size, dtype=dtype, device=device)).shape[1]
         # The last column says who is there. Rows of other ranks and of unreadable samples stay 0, so a sum gathers all.
@@ -113,7 +113,7 @@ def extract(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, without compiling anything for it, and afterwards each in its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -25,6 +25,24 @@ class Accuracy:
     top5: float
 
 
+@dataclass(frozen=True)
+class TrainedProbe:
+    """What a classifier on frozen features came out at.
+
+    Attributes:
+        accuracy: on the judged pictures, read once with the chosen rates.
+        lr, weight_decay: chosen on validation; the first of equals.
+        validation_top1: what they were chosen by.
+        lr_is_extreme: the lr is the smallest or largest of the grid, so a better one may lie outside.
+    """
+
+    accuracy: Accuracy
+    lr: float
+    weight_decay: float
+    validation_top1: float
+    lr_is_extreme: bool
+
+
 def hits(scores: Tensor, labels: Tensor) -> Tensor:
     """How many rows of scores [N, K] have their label first, and among the first five: [2] int64.
 

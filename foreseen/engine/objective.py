@@ -69,7 +69,7 @@ class ParameterRule:
 
     Attributes:
         decay: whether weight decay applies.
-        lr_scale: factor on the lr; layer decay makes it less than 1 towards the input.
+        lr_scale: factor on the lr; layer decay makes it less than 1 towards the input, and 0 freezes for good.
         frozen_steps: for so many first steps the lr is zero; `requires_grad` must not be used for that.
         drops_gradient: while it is frozen the optimizer does not see its gradient either, so that moments begin after.
         clip_group: parameters of one name are clipped together where `optim.clip_per` is "module".
@@ -162,7 +162,10 @@ class Objective(nn.Module):
         return self.request
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the samples of a batch of the validation or test split, "count" among them."""
+        """Sums over the samples of a batch of the validation or test split, "count" among them.
+
+        A classifier adds its "logits", [B, K], which are not summed: reports are made of them.
+        """
         return {}
 
     def health(self) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ class SteppedOptimizer:
         self.skips_on_device = bool(self.optimizer.defaults.get("fused"))
         self.waits_for_device = not self.skips_on_device and any(p.device.type != "cpu" for p in trained.values())
         self._settings = set(self.optimizer.param_groups[0])
+        self._frozen = [trained[name] for name, rule in rules.items() if rule.lr_scale == 0.0]
 
     def _groups(self, trained: dict[str, nn.Parameter], rules: Mapping[str, ParameterRule]) -> list[dict[str, Any]]:
         by_rule: dict[ParameterRule, list[nn.Parameter]] = {}
@@ -89,6 +90,11 @@ class SteppedOptimizer:
         optim = self._optim
         end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
         return cosine(step, start=optim.weight_decay, end=end, total_steps=self._total_steps)
+
+    def drop_frozen(self) -> None:
+        """Forget the gradients of what never moves: they are not clipped, judged or remembered."""
+        for parameter in self._frozen:
+            parameter.grad = None
 
     def step(self, step: int, finite: Tensor) -> None:
         """Make update number `step` with the gradients at hand, unless they are not finite.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from foreseen.engine.knn import HEADLINE, knn
-from foreseen.engine.labelled import Accuracy, Labelled
-from foreseen.engine.linear_probe import LinearProbe, linear_probe
+from foreseen.engine.labelled import Accuracy, Labelled, TrainedProbe
+from foreseen.engine.linear_probe import linear_probe
 from foreseen.engine.spectrum import alpha_req, rankme, rankme_centred, spread
 from foreseen.errors import BadInput
 
@@ -48,7 +48,7 @@ class Probe:
         judged: how many pictures the accuracies are of.
         chance: accuracy of naming always the judged pictures' commonest class; None without labels.
         knn: accuracy for each k.
-        linear: the linear probe.
+        linear, attentive: classifiers that were trained on the features, and on those of the patches.
     """
 
     dimensions: int
@@ -60,7 +60,8 @@ class Probe:
     judged: int = 0
     chance: float | None = None
     knn: Mapping[int, Accuracy] = field(default_factory=dict)
-    linear: LinearProbe | None = None
+    linear: TrainedProbe | None = None
+    attentive: TrainedProbe | None = None
 
     @property
     def headline(self) -> int | None:
@@ -75,6 +76,7 @@ class Probe:
             "alpha_req": self.alpha_req,
             "knn_top1": None if self.headline is None else self.knn[self.headline].top1,
             "linear_top1": None if self.linear is None else self.linear.accuracy.top1,
+            "attentive_top1": None if self.attentive is None else self.attentive.accuracy.top1,
         }
         return {name: value for name, value in values.items() if value is not None}
 

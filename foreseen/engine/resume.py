@@ -150,13 +150,21 @@ def check_same_config(config: Config, then: Any) -> None:
         raise BadInput(f"run.dir {config.run.dir} holds no config that was written there; take another run.dir")
     before, now = _flat(then), _flat(config.public())
     keys = sorted(before.keys() | now.keys())
-    changed = [key for key in keys if not _is_free(key) and before.get(key) != now.get(key)]
+    decides = _decides_the_end(config)
+    changed = [key for key in keys if (key in decides or not _is_free(key)) and before.get(key) != now.get(key)]
     if changed:
         differences = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed)
         raise BadInput(
             f"run.dir {config.run.dir} holds a checkpoint of another job ({differences}); "
             "take another run.dir, or set these keys back"
         )
+
+
+def _decides_the_end(config: Config) -> set[str]:
+    """How often one looks is free, but where a run ends by what is seen."""
+    if config.run.stop_after is None:
+        return set()
+    return {"run.eval_every"} if config.run.eval_every is not None else {"run.eval_every", "run.save_every"}
 
 
 def _is_free(key: str) -> bool:

@@ -8,6 +8,8 @@ checkpoints/       step-<n>/
 ledger/            which samples each step consumed, with run.ledger
 PREEMPTED          the run was told to stop before its end, and saved
 encoder/           the hand-off
+result.json        the scores of fine-tuning
+report/            what a fine-tuned classifier gets wrong
 tokenizer/         the tokenizer that was trained; or pixel clusters, fitted by a method that names no tokenizer
 tokenizer_health.* how the tokenizer codes the pictures, numbers and a contact sheet, at the first start
 """

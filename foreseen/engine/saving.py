@@ -49,6 +49,7 @@ def _write(trainer: "Trainer", step: int, score: float | None) -> None:
         "loss_scale": None if trainer.loss_scale is None else trainer.loss_scale.state(),
         "score": score,
         "rewinds": trainer.rewinds,
+        "patience": trainer.patience.state(),
         "recorder": None if trainer.recorder is None else trainer.recorder.state(),
     }
     average = None if trainer.average is None else trainer.average.state()
@@ -120,6 +121,7 @@ def _take_up(trainer: "Trainer", found: Checkpoint) -> None:
     trainer.unreadable.recall(found.step, found.state["unreadable_samples"])
     trainer.parents = found.state["parents"]
     trainer.rewinds = [(begin, end) for begin, end in found.state.get("rewinds", [])]  # not in those of older versions
+    trainer.patience.load_state(found.state.get("patience"))
     if trainer.recorder is not None:
         trainer.recorder.load_state(found.state.get("recorder"), found.step)
     if trainer.accelerator.is_main_process:

@@ -19,6 +19,7 @@ from foreseen.engine.run_folder import clear_preempted, mark_preempted
 from foreseen.engine.saving import is_due, is_scheduled, restore, save
 from foreseen.engine.trainer import Trainer
 from foreseen.engine.watch import look
+from foreseen.errors import BadInput
 
 
 def train(job: Job, accelerator: Accelerator) -> Outcome:
@@ -28,6 +29,10 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
     the run reached its end, the objective holds the weights to hand over: their average, where one is kept.
     """
     config, run = job.config, job.config.run
+    if run.stop_after is not None and (job.validation is None or job.choose_by is None):
+        raise BadInput(
+            f"run.stop_after {run.stop_after} waits for better validation, and there is none: set it to null"
+        )
     with memory_advice("placing the weights", partial(advise_on_weights, config)):
         trainer = Trainer(job, accelerator)
         step = restore(trainer)
@@ -51,7 +56,7 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
                 probe(trainer, step, log)
             batches = trainer.batches(step)
             stopped = False
-            while step < trainer.total_steps and not stopped:
+            while step < trainer.total_steps and not stopped and not trainer.patience.is_over:
                 first = trainer.step(step, batches)
                 step += 1
                 stopped = preemption.agreed(step)
@@ -71,12 +76,15 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
                     if ended or is_due(run.pictures_every or run.save_every, step):
                         show(trainer, step, first, log)
                     score = validate(trainer, step, log) if evaluates else None
+                    trainer.patience.judge(score)
                     if saves:
                         save(trainer, step, score)
                     if not stopped:
                         probe(trainer, step, log)
                 log.advance(step)
-            if trainer.average is not None and step == trainer.total_steps:
+            if trainer.patience.is_over and step < trainer.total_steps:
+                log.say(f"{trainer.patience.describe()}: the run ends at step {step} of {trainer.total_steps}")
+            if trainer.average is not None and (step == trainer.total_steps or trainer.patience.is_over):
                 trainer.average.hand_over()
             if said := trainer.unreadable.summary(trainer.feed.num_samples):
                 log.say(said)
@@ -84,7 +92,7 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
         log.close()
     best = trainer.checkpoints.best
     best_step = best[0] if best else None
-    preempted = stopped and step < trainer.total_steps
+    preempted = stopped and step < trainer.total_steps and not trainer.patience.is_over
     if preempted and accelerator.is_main_process:
         mark_preempted(run.dir, step)
     return Outcome(step, preempted, best_step, stopped, trainer.parents)

@@ -27,6 +27,7 @@ from foreseen.engine.loss_scale import LossScale
 from foreseen.engine.memory import advise_on_steps
 from foreseen.engine.objective import Progress
 from foreseen.engine.optimizer import SteppedOptimizer
+from foreseen.engine.patience import Patience
 from foreseen.engine.recorder import FlightRecorder
 from foreseen.engine.resume import describe_data
 from foreseen.engine.unreadable import UnreadableList
@@ -85,6 +86,7 @@ class Trainer:
         run = config.run
         self.recorder = FlightRecorder(run.recorder, run.explode_factor) if run.recorder else None
         self.rewinds: list[tuple[int, int]] = []
+        self.patience = Patience(run.stop_after)
 
     def progress(self, step: int) -> Progress:
         config = self.job.config
@@ -154,6 +156,7 @@ class Trainer:
                 share = value.detach() / accumulation
                 sums[name] = sums[name] + share if name in sums else share
 
+        self.optimizer.drop_frozen()
         norm, finite = self._clip()
         if self.recorder is not None:
             scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.value}

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ class EncoderFolder:
         architecture: timm's name.
         model_args: keyword arguments that build it.
         num_classes: of its head; 0 for none.
+        class_names: of its head, where they are known.
         state: its weights.
         preprocessing: what it wants done to images.
         licence: terms of public weights, where they say them; those of a run's own are in its lineage.
@@ -103,6 +104,7 @@ class EncoderFolder:
     licence: str | None
     weights: str | None
     lineage: dict[str, Any]
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ def load_encoder(init_from: str | Path) -> EncoderFolder:
             licence=_licence(described["pretrained_cfg"]),
             weights=weights,
             lineage=_read_lineage(folder / "lineage.json"),
+            class_names=_class_names(described),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError, SafetensorError) as error:
         what = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
@@ -231,6 +234,15 @@ def _check_described(described: Mapping[str, Any]) -> None:
         raise BadInput(f"its config.json names the architecture {architecture!r}, which is no model of timm")
     if taken := sorted(FACTORY & described.get("model_args", {}).keys()):
         raise BadInput(f"its config.json has model_args.{taken[0]}, which is no argument of a model")
+
+
+def _class_names(described: Mapping[str, Any]) -> tuple[str, ...] | None:
+    names = described.get("label_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or len(names) != described["num_classes"]:
+        raise ValueError("label_names is no list of as many names as num_classes says")
+    return tuple(map(str, names))
 
 
 def _read_lineage(file: Path) -> dict[str, Any]:
@@ -273,7 +285,8 @@ def _preprocessing(cfg: Mapping[str, Any]) -> Preprocessing:
 
 
 def save_encoder(
-    model: nn.Module, folder: Path, *, preprocessing: Preprocessing, lineage: Mapping[str, Any]
+    model: nn.Module, folder: Path, *, preprocessing: Preprocessing, lineage: Mapping[str, Any],
+    class_names: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
     """Write an encoder folder, in the place of an older one.
 
@@ -282,6 +295,7 @@ def save_encoder(
         folder: where to.
         preprocessing: what the encoder wants done to images.
         lineage: where the weights are from; plain values.
+        class_names: of the outputs of its head, where it has one and they are known.
 
     Raises:
         BadInput: `folder` holds something else.
@@ -296,7 +310,7 @@ def save_encoder(
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        _write(model, new, folder.name, preprocessing, lineage)
+        _write(model, new, folder.name, preprocessing, lineage, class_names)
         _verify(model, new, preprocessing.size)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -309,7 +323,8 @@ def save_encoder(
 
 
 def _write(
-    model: nn.Module, folder: Path, name: str, preprocessing: Preprocessing, lineage: Mapping[str, Any]
+    model: nn.Module, folder: Path, name: str, preprocessing: Preprocessing, lineage: Mapping[str, Any],
+    class_names: Sequence[str] | None,
 ) -> None:  # fmt: skip
     folder.mkdir()
     state = {
@@ -317,6 +332,8 @@ def _write(
         for key, value in model.state_dict().items()
     }
     described = _config(model, preprocessing)
+    if class_names is not None:
+        described["label_names"] = list(class_names)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")

@@ -1,8 +1,9 @@
-"""One vector an image from a frozen backbone: what probes judge.
+"""Features of images from a frozen backbone: one vector each, which probes judge, and those of the patches.
 
-Letters: B images, L patches, P prefix tokens (class, distillation, registers), D channels.
+Letters: B images, L patches, h down and w across, P prefix tokens (class, distillation, registers), D channels.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from foreseen.errors import BadInput
 
 Features = Literal["cls", "mean", "both"]
+Feature = Literal["cls", "mean", "patches"]
 
 
 def default_features(model: nn.Module) -> Features:
@@ -39,9 +41,27 @@ def pooled_features(model: nn.Module, images: Tensor, features: Features) -> Ten
     Raises:
         BadInput: there is no class token, or the model gives no tokens and no feature map.
     """
-    if features != "mean" and not _has_class_token(model):
+    wanted: tuple[Feature, ...] = ("cls", "mean") if features == "both" else (features,)
+    return torch.cat(list(features_of(model, images, wanted).values()), dim=1)
+
+
+def features_of(model: nn.Module, images: Tensor, wanted: Sequence[Feature]) -> dict[Feature, Tensor]:
+    """Run a timm model on images once, and take several kinds of features from before its head.
+
+    Args:
+        model, images: as `pooled_features`.
+        wanted: "cls" and "mean" as there; "patches" are the patch tokens, or the places of a feature map. What a model
+            norms only after pooling is normed in each patch.
+
+    Returns:
+        In the order of `wanted`, in float32 at least: [B, D], and [B, h, w, D] for "patches".
+
+    Raises:
+        BadInput: as `pooled_features`, or the patches are in no grid.
+    """
+    if "cls" in wanted and not _has_class_token(model):
         raise BadInput(
-            f"features {features!r} need a class token, and {type(model).__name__} has none; set the features to 'mean'"
+            f"features 'cls' need a class token, and {type(model).__name__} has none; set the features to 'mean'"
         )
     described: Any = model
     tokens = described.forward_features(images)
@@ -49,12 +69,15 @@ def pooled_features(model: nn.Module, images: Tensor, features: Features) -> Ten
         raise BadInput(f"{type(model).__name__} gives neither tokens nor one feature map, so it cannot be probed")
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     norm = getattr(described, "fc_norm", None) or nn.Identity()
-    parts = []
-    if features != "mean":
-        parts.append(norm(tokens[:, 0]))
-    if features != "cls":
-        parts.append(norm(_mean(described, tokens)))
-    return torch.cat(parts, dim=1)
+    found: dict[Feature, Tensor] = {}
+    for feature in wanted:
+        if feature == "cls":
+            found[feature] = norm(tokens[:, 0])
+        elif feature == "mean":
+            found[feature] = norm(_mean(described, tokens))
+        else:
+            found[feature] = norm(_patches(described, tokens, (images.shape[2], images.shape[3])))
+    return found
 
 
 def _has_class_token(model: nn.Module) -> bool:
@@ -67,5 +90,23 @@ def _mean(model: Any, tokens: Tensor) -> Tensor:
         pooled = tokens.mean((1, 2) if channels_last else (2, 3))
         norm = getattr(getattr(model, "head", None), "norm", None)  # of feature maps, so it wants one
         return pooled if norm is None or channels_last else norm(pooled[:, :, None, None]).flatten(1)
-    prefix = getattr(model, "num_prefix_tokens", int(_has_class_token(model)))
-    return tokens[:, prefix:].mean(1)
+    return tokens[:, _prefix(model) :].mean(1)
+
+
+def _patches(model: Any, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Patch tokens or a feature map as a grid, [B, h, w, D]."""
+    if tokens.ndim == 4:
+        if getattr(model, "output_fmt", "NCHW") == "NHWC":
+            return tokens
+        norm = getattr(getattr(model, "head", None), "norm", None)  # of a feature map with one place, so each is one
+        return (tokens if norm is None else norm(tokens)).permute(0, 2, 3, 1)
+    patches = tokens[:, _prefix(model) :]
+    side = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    grid = () if side is None else (size[0] // side[0], size[1] // side[1])
+    if not grid or grid[0] * grid[1] != patches.shape[1]:
+        raise BadInput(f"the {patches.shape[1]} patches of {type(model).__name__} stand in no grid that it tells of")
+    return patches.reshape(len(patches), *grid, patches.shape[2])
+
+
+def _prefix(model: Any) -> int:
+    return int(getattr(model, "num_prefix_tokens", int(_has_class_token(model))))

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,33 @@ def test_labelled_shards_give_a_table_a_sentence_and_numbers(encoder: Path, smal
     assert result["knn"]["10"]["top1"] > 0.5  # `test` holds the same pictures, told apart by colour
     _run(encoder, small_shards, "--out", tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == out.read_text()
+
+
+def test_an_attentive_probe_looks_at_the_patches_and_is_chosen_on_validation(
+    encoder: Path, small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    out = tmp_path / "result.json"
+    printed = _run(encoder, small_shards, "--attentive", "--out", out)
+    line = next(line for line in printed.splitlines() if line.startswith("attentive"))
+    assert re.search(r"attentive +\d+\.\d% +100\.0%  lr \S+.*weight decay \S+, by \d+\.\d% on validation", line)
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["attentive"]["accuracy"]["top1"] > 0.5  # three colours
+    assert list((tmp_path / "scratch").iterdir()) == []  # gigabytes, for real sets
+    _run(encoder, small_shards, "--attentive", "--out", tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == out.read_text()
+
+
+def test_patches_that_no_disk_holds_are_refused_with_the_arithmetic(
+    encoder: Path, small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foreseen.engine import extract_patches
+
+    monkeypatch.setattr(extract_patches.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
+    sentence = r"patches of 37 pictures, 16 × 48 numbers of 2 bytes each, take 0.0 GB, and .* set TMPDIR"
+    with pytest.raises(BadInput, match=sentence):
+        _run(encoder, small_shards, "--attentive")
 
 
 def test_few_shots_leave_fewer_neighbours(encoder: Path, small_shards: Path) -> None:

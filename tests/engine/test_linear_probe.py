@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from foreseen.engine.labelled import Labelled
-from foreseen.engine.linear_probe import LEARNING_RATES, linear_probe
+from foreseen.engine.linear_probe import LEARNING_RATES, WEIGHT_DECAYS, _train, linear_probe
 from foreseen.errors import BadInput
 
 
@@ -28,6 +28,7 @@ def test_classes_that_a_plane_separates_are_told_apart() -> None:
     assert found.accuracy.top1 > 0.8  # the best rule for these gaussians is right on 87 %
     assert found.accuracy.top5 == 1.0
     assert found.lr in LEARNING_RATES
+    assert found.weight_decay in WEIGHT_DECAYS
 
 
 def test_features_of_very_different_scale_count_alike() -> None:
@@ -47,9 +48,25 @@ def test_without_validation_nothing_is_chosen() -> None:
         linear_probe(part, Labelled(part.features[:0], part.labels[:0]), part, num_classes=3, seed=0)
 
 
+def test_weight_decay_is_swept_and_never_costs_on_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    swept = _probe()
+    found = []
+    for decay in WEIGHT_DECAYS:
+        monkeypatch.setattr("foreseen.engine.linear_probe.WEIGHT_DECAYS", (decay,))
+        found.append(_probe())
+    assert [probe.weight_decay for probe in found] == list(WEIGHT_DECAYS)
+    assert swept.validation_top1 == max(probe.validation_top1 for probe in found)
+    assert swept in found
+    train = _features(240, 0, torch.ones(6))
+    weights, bias = _train(train.features, train.labels, [(0.1, 0.0), (0.1, 0.1)], 3, 0)
+    assert weights[1].norm() < 0.5 * weights[0].norm()
+    assert bias.isfinite().all()
+
+
 def test_the_judged_pictures_choose_nothing() -> None:
     honest = _probe()
     shuffled = _features(300, 2, torch.ones(6))
     wrong = _probe(judged=Labelled(shuffled.features, (shuffled.labels + 1) % 3))
-    assert (wrong.lr, wrong.validation_top1) == (honest.lr, honest.validation_top1)
+    assert (wrong.lr, wrong.weight_decay) == (honest.lr, honest.weight_decay)
+    assert wrong.validation_top1 == honest.validation_top1
     assert wrong.accuracy.top1 < 0.2
