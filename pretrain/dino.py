@@ -10,14 +10,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from foreseen.config import Config
-from foreseen.pretrain.self_distillation import (
-    Network,
-    Parts,
-    SelfDistillation,
-    SelfDistillationOptions,
-    official_networks,
-    projection_head,
-)
+from foreseen.pretrain.distilled_network import Network, Parts, official_networks, projection_head
+from foreseen.pretrain.self_distillation import SelfDistillation
+from foreseen.pretrain.self_distillation_options import SelfDistillationOptions
 
 
 class DINOOptions(SelfDistillationOptions):

@@ -17,6 +17,7 @@ from torch import Tensor
 from foreseen.config import Config
 from foreseen.pretrain.crop_masks import StratifiedMasks
 from foreseen.pretrain.distillation_losses import koleo
+from foreseen.pretrain.distilled_network import Network, Parts, draw_tokens, projection_head
 from foreseen.pretrain.masked_distillation import (
     MaskedDistillation,
     MaskedDistillationOptions,
@@ -24,7 +25,6 @@ from foreseen.pretrain.masked_distillation import (
     check_masks,
     count_patch_prototypes,
 )
-from foreseen.pretrain.self_distillation import Network, Parts, draw_tokens, projection_head
 from foreseen.pretrain.small_machines import Size
 
 

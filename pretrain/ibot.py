@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foreseen.config import Config
 from foreseen.pretrain.crop_masks import IndependentMasks
+from foreseen.pretrain.distilled_network import Network, Parts, official_networks, projection_head
 from foreseen.pretrain.masked_distillation import (
     MaskedDistillation,
     MaskedDistillationOptions,
@@ -20,7 +21,6 @@ from foreseen.pretrain.masked_distillation import (
     check_masks,
     count_patch_prototypes,
 )
-from foreseen.pretrain.self_distillation import Network, Parts, official_networks, projection_head
 from foreseen.pretrain.small_machines import Size
 
 

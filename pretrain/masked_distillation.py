@@ -30,15 +30,9 @@ from foreseen.pretrain.distillation_losses import (
     rows_at_once,
     summed_in_chunks,
 )
-from foreseen.pretrain.self_distillation import (
-    ClassTargets,
-    Network,
-    Parts,
-    Plan,
-    SelfDistillation,
-    SelfDistillationOptions,
-    is_plain_vit,
-)
+from foreseen.pretrain.distilled_network import Network, Parts, is_plain_vit
+from foreseen.pretrain.self_distillation import ClassTargets, SelfDistillation
+from foreseen.pretrain.self_distillation_options import Plan, SelfDistillationOptions
 from foreseen.pretrain.small_machines import Size
 from foreseen.pretrain.target_balance import Centre, scaled_logits, sinkhorn_shift
 

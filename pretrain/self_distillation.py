@@ -6,215 +6,29 @@ d of the bottleneck, K prototypes.
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from pydantic import Field, model_validator
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from foreseen.config import Config, MethodOptions
 from foreseen.data.batch import Batch
-from foreseen.data.multicrop import MultiCrop, multicrop_views
 from foreseen.data.views import Request, View, denormalise
-from foreseen.device_keys import subkey
 from foreseen.engine.layer_decay import lr_scales
 from foreseen.engine.objective import Objective, ParameterRule, Progress, all_reduce_sum
 from foreseen.engine.schedule import cosine, linear
 from foreseen.engine.teacher import move_teacher
 from foreseen.errors import BadInput
-from foreseen.handoff.encoder import create_encoder
-from foreseen.models.accepted_sizes import check_size
-from foreseen.models.backbone import architecture_of
-from foreseen.models.drop_path import draw_drop_path
-from foreseen.models.masked_vit import check_plain_vit
-from foreseen.models.position import PositionResize
-from foreseen.models.projection_head import ProjectionHead
-from foreseen.models.vit_tokens import vit_tokens
-from foreseen.pretrain import small_machines
 from foreseen.pretrain.collapse import CollapseAlarm
 from foreseen.pretrain.crops import by_crop, crop_keys
 from foreseen.pretrain.distillation_losses import crop_cross_entropy, entropy, rows_at_once, summed_in_chunks
+from foreseen.pretrain.distilled_network import Network
 from foreseen.pretrain.feature_health import FeatureMoments, patch_diversity
-from foreseen.pretrain.small_machines import Size
+from foreseen.pretrain.self_distillation_options import Plan, SelfDistillationOptions
 from foreseen.pretrain.target_balance import Centre, scaled_logits, sinkhorn_shift
 
 _PICTURES = 8
-
-
-class SelfDistillationOptions(MethodOptions):
-    """Options that DINO, iBOT and DINOv2 share."""
-
-    out_dim: int | None = Field(65_536, ge=2)
-    """Prototypes, K; null fits them to the data and the batch (`pretrain/small_machines.py`)."""
-    hidden_dim: int = Field(2048, ge=1)
-    """Width of the head's MLP."""
-    bottleneck_dim: int = Field(256, ge=1)
-    """Length of the unit vector that is compared with the prototypes."""
-    head_layers: int = Field(3, ge=1)
-    """Layers of the head's MLP."""
-    head_batch_norm: bool = False
-    norm_last_layer: bool = True
-    """Hold the prototypes at unit length; else each has a gain that is trained. True is the stabler."""
-    student_temp: float = Field(0.1, gt=0)
-    teacher_temp: float = Field(0.04, gt=0)
-    """Temperature of the teacher's softmax after its warm-up."""
-    warmup_teacher_temp: float = Field(0.04, gt=0)
-    """Temperature that the warm-up begins with."""
-    warmup_teacher_temp_epochs: float | None = Field(None, ge=0)
-    """Linear warm-up of the teacher's temperature; null takes 30 % of the run, at most 37,500 steps."""
-    teacher_temp_per: Literal["epoch", "step"] = "epoch"
-    """Whether the temperature moves once an epoch, as in DINO and iBOT, or at every step, as in DINOv2."""
-    teacher_momentum: float | None = Field(0.996, ge=0, lt=1)
-    """What the teacher keeps of itself at the first step; half a cosine leads to 1. Null fits it to batch and run."""
-    centering: Literal["centre", "sinkhorn"] = "centre"
-    """How targets are balanced: by a running mean of the teacher's logits, or by Sinkhorn-Knopp over each batch."""
-    center_momentum: float = Field(0.9, ge=0, le=1)
-    """What that running mean keeps of itself at each step."""
-    freeze_last_layer_epochs: float = Field(1.0, ge=0)
-    """The prototypes are not trained for so long."""
-    head_warmup_steps: int = Field(0, ge=0)
-    """For so many first steps the heads alone are trained, for a backbone that begins from `model.init_from`."""
-    patch_embed_lr_scale: float = Field(1.0, gt=0)
-    """Factor on the lr of a ViT's patch embedding, on top of `optim.layer_decay`."""
-    position_resize: PositionResize = "offset"
-    """How a ViT's positions are interpolated for small crops: "offset" as in DINO, iBOT and DINOv2; "antialias" as in
-    timm."""
-    logits_chunk: int | None = Field(None, ge=1)
-    """Rows of logits held at once, of student and teacher together; more are made in turn, and again in the backward
-    pass. Null takes as many as have 2^25 logits (128 MiB). Results differ by rounding alone."""
-    on_collapse: Literal["warn", "stop"] = "warn"
-    """What happens when the numbers show that the run has collapsed."""
-    crops: MultiCrop = MultiCrop()
-    """The large and small crops; their colours."""
-
-    @model_validator(mode="after")
-    def _teacher_is_sharper(self) -> Self:
-        for key in ("teacher_temp", "warmup_teacher_temp"):
-            if getattr(self, key) > self.student_temp:
-                raise ValueError(
-                    f"method.{key} {getattr(self, key)} is above method.student_temp {self.student_temp}: targets "
-                    "softer than predictions lead to a uniform collapse; the papers take 0.04 to 0.07 and 0.1"
-                )
-        return self
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What options come to in a run of some size.
-
-    Attributes:
-        prototypes: K.
-        momentum: of the teacher at the first step.
-        temperature_steps: of the temperature's warm-up, if no epochs are stated for it.
-        frozen_steps: of the last layer.
-        grace_steps: before collapse is looked for.
-        notes: sentences about it.
-    """
-
-    prototypes: int
-    momentum: float
-    temperature_steps: int
-    frozen_steps: int
-    grace_steps: int
-    notes: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, config: Config) -> "Plan":
-        """That of a config with its length resolved."""
-        options = config.method
-        assert isinstance(options, SelfDistillationOptions)
-        size = Size.of(config)
-        prototypes, of_prototypes = small_machines.prototypes(options.out_dim, size, "method.out_dim")
-        momentum, of_momentum = small_machines.teacher_momentum(options.teacher_momentum, size)
-        epochs = options.warmup_teacher_temp_epochs
-        if epochs is None:
-            temperature_steps, of_temperature = small_machines.temperature_warmup(size)
-            of_warmup = of_temperature if options.teacher_temp != options.warmup_teacher_temp else None
-        else:
-            temperature_steps, of_warmup = round(epochs * size.steps_per_epoch), None
-        return cls(
-            prototypes=prototypes,
-            momentum=momentum,
-            temperature_steps=temperature_steps,
-            frozen_steps=round(options.freeze_last_layer_epochs * size.steps_per_epoch),
-            grace_steps=(config.optim.warmup_steps or 0) + options.head_warmup_steps,
-            notes=tuple(note for note in (of_prototypes, of_momentum, of_warmup) if note is not None),
-        )
-
-
-class Network(nn.Module):
-    """A backbone and the heads that go on from its features; the student has a mask token besides, where it needs one.
-
-    Args:
-        backbone: a timm model without classes.
-        head: of its pooled features.
-        patch_head: of its patch tokens; None where `head` serves them, or nobody does.
-        resize: of a plain ViT's positions.
-        masks: whether patches can be hidden.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        head: ProjectionHead,
-        patch_head: ProjectionHead | None = None,
-        *,
-        resize: PositionResize,
-        masks: bool = False,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-        self.patch_head = patch_head
-        described: Any = backbone
-        self.mask_token = nn.Parameter(torch.zeros(1, described.num_features)) if masks else None
-        self._resize: PositionResize = resize
-
-    def patch_bottleneck(self, tokens: Tensor) -> Tensor:
-        """Patch tokens [N, M, D] -> [N, M, d]."""
-        head = self.head if self.patch_head is None else self.patch_head
-        rows: Tensor = head(tokens.flatten(0, 1))
-        return rows.view(*tokens.shape[:2], -1)
-
-    def patch_prototypes(self) -> Tensor:
-        """Of patch tokens, [K, d]."""
-        return self.head.patch_prototypes() if self.patch_head is None else self.patch_head.prototypes()
-
-    def encode(
-        self, images: Tensor, key: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the backbone.
-
-        Args:
-            images: normalised, [N, C, H, W].
-            key: for drop path, [N]; None where none is drawn, in evaluation.
-            mask: patches hidden, [N, L]; for plain ViTs.
-
-        Returns:
-            Features pooled as the backbone's own head would, [N, D]; and patch tokens [N, L, D] of a plain ViT.
-        """
-        backbone: Any = self.backbone
-        with nullcontext() if key is None else draw_drop_path(backbone, subkey(key, "drop_path")):
-            if not is_plain_vit(backbone):
-                return backbone(images), None
-            tokens = vit_tokens(backbone, images, mask=mask, mask_token=self.mask_token, resize=self._resize)
-        return backbone.forward_head(tokens, pre_logits=True), tokens[:, backbone.num_prefix_tokens :]
-
-
-def is_plain_vit(model: nn.Module) -> bool:
-    """Whether a backbone's patches can be hidden, and its positions be interpolated, here."""
-    if not isinstance(model, VisionTransformer):
-        return False
-    try:
-        check_plain_vit(model, "")
-    except BadInput:
-        return False
-    return True
 
 
 class ClassTargets(NamedTuple):
@@ -438,96 +252,3 @@ def _class_sums(
         targets = (scaled_logits(teacher, teacher_prototypes, teacher_temp) + shift).softmax(dim=-1)
         certain = entropy(targets).mean(0).sum()
     return torch.stack([crop_cross_entropy(logits, targets).sum(), certain])
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a config makes for any self-distilled method.
-
-    Attributes:
-        backbone: with fresh weights, or those of `init_from`.
-        large, small: views.
-        plan: the options' numbers.
-    """
-
-    backbone: nn.Module
-    large: View
-    small: tuple[View, ...]
-    plan: Plan
-
-    @classmethod
-    def of(cls, config: Config) -> "Parts":
-        """Build them; weights come from the global generator."""
-        options = config.method
-        assert isinstance(options, SelfDistillationOptions)
-        encoder = create_encoder(config.model, img_size=config.views.size, any_size=True)
-        preprocessing = encoder.preprocessing
-        large, *small = multicrop_views(options.crops, config.views, preprocessing.mean, preprocessing.std)
-        if config.model.init_from is None:
-            draw_tokens(encoder.model)
-        for view in small:
-            check_size(encoder.model, view.size, "method.crops.local_size", config.views.size)
-        if options.head_warmup_steps and config.model.init_from is None:
-            raise BadInput(
-                f"method.head_warmup_steps is {options.head_warmup_steps} and model.init_from null: a backbone that "
-                "begins from nothing has nothing to keep; set method.head_warmup_steps=0"
-            )
-        return cls(encoder.model, large, tuple(small), Plan.of(config))
-
-    @property
-    def num_features(self) -> int:
-        """D."""
-        described: Any = self.backbone
-        features: int = described.num_features
-        return features
-
-    @property
-    def name(self) -> str:
-        """Of the backbone, in timm's words."""
-        return architecture_of(self.backbone)[0]
-
-
-def draw_tokens(backbone: nn.Module, std: float = 0.02) -> None:
-    """Draw the class token of a ViT as DINO and iBOT do; timm draws all else of it as they do."""
-    token = getattr(backbone, "cls_token", None)
-    if isinstance(token, nn.Parameter):
-        nn.init.trunc_normal_(token, std=std)
-
-
-def projection_head(options: SelfDistillationOptions, in_dim: int, prototypes: int, **more: Any) -> ProjectionHead:
-    """The head that a method's options ask for; `more` wins over them."""
-    asked: dict[str, Any] = {
-        "hidden_dim": options.hidden_dim, "bottleneck_dim": options.bottleneck_dim, "num_layers": options.head_layers,
-        "batch_norm": options.head_batch_norm, "trains_gain": not options.norm_last_layer,
-    }  # fmt: skip
-    return ProjectionHead(in_dim, prototypes, **asked | more)
-
-
-def official_networks(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename the weights of an authors' training checkpoint to a self-distilled objective's.
-
-    Args:
-        state: with "student" and "teacher" (either may be missing), and the loss under "dino_loss" or "ibot_loss".
-
-    Source: facebookresearch/dino at 7c446df, main_dino.py; bytedance/ibot, main_ibot.py.
-    """
-    renamed: dict[str, Tensor] = {}
-    for network in ("student", "teacher"):
-        for name, tensor in state.get(network, {}).items():
-            ours = name.removeprefix("module.").replace("last_layer.parametrizations.weight.original0", _G).replace(
-                "last_layer.parametrizations.weight.original1", _V
-            )  # fmt: skip
-            if ours == "backbone.masked_embed":
-                ours = "mask_token"
-                if network == "teacher":
-                    continue
-            renamed[f"{network}.{ours}"] = tensor
-    loss = state.get("dino_loss", state.get("ibot_loss", {}))
-    if "center" in loss:
-        renamed["centre.center"] = loss["center"].flatten()
-    if "center2" in loss:
-        renamed["patch_centre.center"] = loss["center2"].flatten()
-    return renamed
-
-
-_G, _V = "last_layer.weight_g", "last_layer.weight_v"
