@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from foreseen.config import Config
+from tests.tiny_teacher import tiny_teacher
 from tests.tokenizers.teachers import save_teacher
 
 # Sizes fit patches of 8 px.
@@ -19,6 +20,8 @@ _SELF_DISTILLED = {
 def small_method(config: Config) -> dict[str, str]:
     """Overrides for a recipe's method, by their keys."""
     options = config.method.model_dump()
+    if options["name"] in ("distill", "feature_distill"):
+        return {"method.teacher": str(tiny_teacher())}
     if "teacher" in options:  # a tokenizer that learns from an encoder, in the place of one that a test does not have
         return {"method.teacher": str(_teacher()), "method.codebook_size": "24", "method.code_dim": "8"}
     if "decoder" in options:

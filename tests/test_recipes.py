@@ -8,10 +8,12 @@ import torch
 
 from foreseen.commands.verbs import load_recipe
 from foreseen.engine.schedule import scaled_lr
+from foreseen.finetune.distill import Distill
 from foreseen.finetune.supervised import Supervised
 from foreseen.pretrain.beit import BEiT
 from foreseen.pretrain.mae import MAE
 from foreseen.pretrain.methods import METHODS
+from tests.tiny_teacher import tiny_teacher
 from tests.tiny_tokenizer import TinyTokenizer, tiny_tokenizer
 
 CLASSES = 1000
@@ -115,6 +117,42 @@ def test_the_published_finetuning_begins_from_the_published_pretraining(name: st
     pretraining, finetuning = load_recipe("pretrain", f"mae_vit_{name}"), load_recipe("finetune", f"vit_{name}_mae")
     assert finetuning.model.init_from == f"{pretraining.run.dir}/encoder"
     assert (finetuning.model.name, finetuning.views.size) == (pretraining.model.name, pretraining.views.size)
+
+
+def _small(name: str, overrides: list[str]) -> tuple[Supervised, float]:
+    """A DeiT recipe of 1000 classes at full size, and the lr that it reaches."""
+    config = load_recipe("finetune", name, overrides)
+    build = Distill.build if config.method.name == "distill" else Supervised.build
+    with torch.device("meta"):
+        objective = build(config, CLASSES)
+    optim = config.optim
+    return objective, scaled_lr(optim.base_lr, optim.lr_scaling, config.batch.global_size, optim.lr_reference_batch)
+
+
+def test_deit_small_is_distilled_as_published() -> None:
+    objective, lr = _small("deit_s16_distilled", [f"method.teacher={tiny_teacher(CLASSES)}"])
+    width, head = 384, CLASSES * 385
+    weights = sum(parameter.numel() for parameter in objective.model.parameters())
+    embedding, tokens = 3 * 16**2 * width + width, 2 * width + (_tokens(16) + 1) * width
+    assert weights == embedding + tokens + 12 * _block(width) + 2 * width + 2 * head
+    assert lr == pytest.approx(1e-3)
+    config = load_recipe("finetune", "deit_s16_distilled")
+    assert (config.batch.global_size, config.run.epochs, config.optim.warmup_epochs) == (1024, 300, 5)
+    assert (config.data.repeats, config.method.weight, config.method.distillation) == (3, 0.5, "hard")  # type: ignore[attr-defined]
+
+
+def test_deit3_small_is_trained_as_published() -> None:
+    objective, lr = _small("deit3_s16", [])
+    width = 384
+    weights = sum(parameter.numel() for parameter in objective.model.parameters())
+    # Its table has no row for the class token, and each block has two LayerScales.
+    embedding, tokens = 3 * 16**2 * width + width, width + (_tokens(16) - 1) * width
+    blocks = 12 * (_block(width) + 2 * width)
+    assert weights == embedding + tokens + blocks + 2 * width + CLASSES * (width + 1)
+    assert lr == pytest.approx(4e-3)
+    config = load_recipe("finetune", "deit3_s16")
+    assert (config.batch.global_size, config.run.epochs, config.optim.name) == (2048, 800, "lamb")
+    assert objective.evaluation_request().views[0].centre_fraction == 1.0
 
 
 HEADS = {"b16": 12, "l16": 16}

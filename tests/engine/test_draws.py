@@ -25,8 +25,19 @@ DRAWN_ON_THE_DEVICE = {
     "dino": {"drop_path"},
     "ibot": {"drop_path"},
     "dinov2": {"drop_path"},
+    "distill": {"drop_path", "erase"},
+    "feature_distill": {"drop_path"},
 }
-DRAWN_BY_WORKERS = {"beit": {"mask"}, "ibot": {"mask"}, "dinov2": {"mask"}, "supervised": {"mix", "erase"}}
+DRAWN_BY_WORKERS = {
+    "vqkd": set[str](),
+    "mae": set[str](),
+    "beit": {"mask"},
+    "supervised": {"mix", "erase"},
+    "distill": {"mix", "erase", "teacher"},
+    "feature_distill": {"teacher"},
+    "ibot": {"mask"},
+    "dinov2": {"mask"},
+}
 
 
 @pytest.mark.parametrize(("verb", "method"), METHODS)

@@ -45,7 +45,7 @@ _HARDER = {
     "finetune": [
         "model.drop_path_rate=0.2", "model.init_from=null", "method.mixup=0.8", "method.cutmix=1.0",
         "views.rand_augment=rand-m9-mstd0.5-inc1", "views.erase=0.25", "data.shots=null", "data.test_split=none",
-        "data.validation_fraction=0.2",
+        "data.validation_fraction=0.2", "data.repeats=3",
     ],
 }  # fmt: skip
 _HARDER_METHOD = {
