@@ -21,10 +21,10 @@ from foreseen.config import Views as ViewOptions
 from foreseen.data.batch import Batch
 from foreseen.data.views import Draw, Request, Transform, View, configured_view, denormalise
 from foreseen.device_keys import subkey
+from foreseen.engine.layer_decay import parameter_rules
 from foreseen.engine.objective import Objective, ParameterRule, Progress
 from foreseen.finetune.augment import EraseBox, RandAugment, ThreeAugment, erase
 from foreseen.finetune.freeze import freeze, frozen_modules, frozen_parameters
-from foreseen.finetune.layer_decay import parameter_rules
 from foreseen.finetune.mixing import PairMix, mix, soft_targets
 from foreseen.handoff.encoder import Preprocessing, create_encoder
 from foreseen.models.backbone import Pool
@@ -175,7 +175,7 @@ class Supervised(Objective):
         return self.model
 
     def parameter_rules(self, layer_decay: float | None) -> Mapping[str, ParameterRule]:
-        """MAE's and BEiT's layer decay; see `foreseen.finetune.layer_decay`."""
+        """MAE's and BEiT's layer decay; see `foreseen.engine.layer_decay`."""
         decayed = self.options.decay_relative_positions
         rules = parameter_rules(self.model, layer_decay, decay_relative_positions=decayed)
         return {f"model.{name}": rule for name, rule in freeze(rules, self.frozen).items()}

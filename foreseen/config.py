@@ -164,6 +164,9 @@ class Model(Section):
     init_from: str | None = None
     """Weights to begin from: an encoder folder, or `timm:NAME` for public weights."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth: the probability that the last block's residual paths are dropped, rising linearly to there."""
+    drop_path_uniform: bool = False
+    """The same rate in all blocks."""
     args: dict[str, Any] = Field(default_factory=dict)
     """More keyword arguments of the timm model, such as `patch_size` or `depth`; null clears a recipe's."""
 
@@ -292,13 +295,20 @@ class Optim(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
+    weight_decay_end: float | None = Field(None, ge=0)
+    """Where weight decay ends: half a cosine leads there from `weight_decay`, from the first step on; null keeps it."""
     warmup_epochs: float | None = Field(None, ge=0)
     warmup_steps: int | None = Field(None, ge=0)
     """Linear warm-up from 0; this or `warmup_epochs`, both null for none."""
+    warmup_ends_at_peak: bool = False
+    """Whether the last step of the warm-up is made at the peak, as in DINO's code, or the one after it, as in MAE's."""
     min_lr: float = Field(0.0, ge=0)
     """Where the cosine ends."""
     clip_grad: float | None = Field(None, gt=0)
-    """Largest global gradient norm; null never clips."""
+    """Largest gradient norm; null never clips."""
+    clip_per: Literal["global", "parameter", "module"] = "global"
+    """Whose norm is limited: that of all gradients together, of each tensor alone (DINO, iBOT), or of each network and
+    head (DINOv2)."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Each layer's lr is this times the next one's, towards the input; the head keeps the full lr."""
     ema_decay: float | None = Field(None, gt=0, lt=1)

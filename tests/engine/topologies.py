@@ -31,6 +31,7 @@ RESUMED_FROM = 10
 
 # A method whose runs may depend on how a batch is cut, and why; docs/guarantees.md says so, too.
 EXEMPT: dict[str, str] = {}
+PAIRS = {"supervised", "dinov2"}  # methods that relate images two by two here: mixup, and KoLeo in groups of two
 
 _SMALL = [
     "data.workers=0", "views.size=32", f"batch.global_size={GLOBAL_SIZE}", f"run.steps={STEPS}", "run.epochs=null",
@@ -131,8 +132,8 @@ def main(out: Path, shards: Path) -> None:
     for verb, method in methods():
         for accumulation in ACCUMULATIONS:
             config = config_of(verb, method, shards, Path("none"), Topology(ranks, accumulation))
-            if config.batch.micro_size == 1 and verb == "finetune":
-                continue  # mixup pairs two pictures
+            if config.batch.micro_size == 1 and method in PAIRS:
+                continue
             for precision in ("fp64", "fp32") if accumulation == 2 else ("fp64",):
                 topology = Topology(ranks, accumulation, precision=precision)
                 run(verb, config_of(verb, method, shards, out / f"{method}-{topology.name}", topology))
