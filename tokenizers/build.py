@@ -52,8 +52,11 @@ def build_for(
         wanted = {name: tuple(tensor.shape) for name, tensor in planned.state_dict().items()}
         if wanted != dict(shapes):
             name = min(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
-            says, has = (str(list(one[name])) if name in one else "none" for one in (wanted, shapes))
-            raise BadInput(f"its arguments ask for other weights than it has: of {name[:80]} {says}, and it has {has}")
+            if name in wanted and name in shapes:
+                what = f"should be {list(wanted[name])} and is {list(shapes[name])}"
+            else:
+                what = "is missing" if name in wanted else "is left over"
+            raise BadInput(f"its arguments ask for other weights than it has: {name[:80]} {what}")
         with torch.device("cpu"):
             return make(**arguments)
 

@@ -129,7 +129,7 @@ class Standardise(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.training:
             with torch.no_grad():
-                places = x.new_tensor([x.numel() / x.shape[1]])
+                places = x.new_full((1,), x.numel() / x.shape[1])  # not new_tensor: the device would wait for it
                 sums = torch.cat([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3)), places])
                 self._sums = sums if self._sums is None else self._sums + sums
         return (x - self.mean.view(-1, 1, 1)) * (self.variance + _EPS).rsqrt().view(-1, 1, 1)

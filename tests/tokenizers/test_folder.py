@@ -47,7 +47,7 @@ def test_a_folder_gives_back_the_very_tokenizer_and_draws_nothing(kind: str, tmp
 
 
 HUGE: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
-    ("pixel_clusters", lambda a: a.update(codebook_size=10**9), r"centroids \[1000000000, 48\], and it has \[5, 48\]"),
+    ("pixel_clusters", lambda a: a.update(codebook_size=10**9), r"should be \[1000000000, 48\] and is \[5, 48\]"),
     ("pixel_clusters", lambda a: a.update(size=[1 << 20, 16]), "input size is 1048576×16 px.*from 1 to 8,192"),
     ("pixel_clusters", lambda a: a.update(size=[-16, 16]), "input size is -16×16 px"),
     ("dvae", lambda a: a.update(codebook_size=10**9), "ask for other weights than it has"),
