@@ -1,24 +1,28 @@
-"""What fine-tuning does to single images: RandAugment in the worker, random erasing on the device.
+"""What fine-tuning does to single images: RandAugment or 3-Augment in the worker, random erasing on the device.
 
 Cubuk et al. 2020, arXiv:1909.13719, and Zhong et al. 2020, arXiv:1708.04896, both in the form of timm, with which the
-papers' recipes were run.
+papers' recipes were run; Touvron et al. 2022, arXiv:2204.07118.
 """
 
 import math
+import random
 import re
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from PIL import Image, ImageFilter, ImageOps
+from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
+from torchvision.transforms import ColorJitter
 
 from foreseen.device_keys import keyed_uniform
 from foreseen.errors import BadInput
 
 # timm passes over what it does not know; a misspelt part would be another recipe than the one written.
 _NOTATION = re.compile(r"rand(-(m\d+|n\d+|p\d*\.?\d+|mstd\d*\.?\d+|mmax\d+|inc[01]|t(weights|3aw?)))*")
+_BLUR_RADIUS = (0.1, 2.0)  # pixels
 _ERASE_ATTEMPTS = 10
 _ERASE_AREA = (0.02, 1 / 3)
 _ERASE_RATIO = (0.3, 1 / 0.3)
@@ -46,10 +50,48 @@ class RandAugment:
             "interpolation": Image.Resampling[interpolation.upper()],
         }
         self._transform = rand_augment_transform(notation, options)
+        for operation in self._transform.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
 
     def __call__(self, crop: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Augment one crop: [H, W, 3] -> [H, W, 3]."""
         return np.array(self._transform(Image.fromarray(crop)), dtype=np.uint8)
+
+
+class ThreeAugment:
+    """DeiT III's 3-Augment on a crop; a `View.transform`, as RandAugment is.
+
+    One of grey, solarise and Gaussian blur is always applied; then brightness, contrast and saturation are jittered.
+
+    Args:
+        jitter: the factors lie in [1 - this, 1 + this].
+
+    Source: Touvron et al. 2022, section 3.2; facebookresearch/deit at 7e160fe, augment.py.
+    """
+
+    def __init__(self, jitter: float) -> None:
+        self._jitter = ColorJitter(jitter, jitter, jitter)
+
+    def __call__(self, crop: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Augment one crop: [H, W, 3] -> [H, W, 3]."""
+        image = random.choice((_grey, ImageOps.solarize, _blur))(Image.fromarray(crop))
+        return np.array(self._jitter(image), dtype=np.uint8)
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    return image.convert("L").convert("RGB")
+
+
+def _blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(*_BLUR_RADIUS)))
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, but black where the strongest magnitudes keep no bit: since Pillow 13 that is an error."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return posterize(image, bits, **options)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class EraseBox:
@@ -76,6 +118,21 @@ class EraseBox:
                     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
                     return np.array([top, top + h, left, left + w], dtype=np.int64)
         return np.zeros(4, dtype=np.int64)
+
+
+def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """The same boxes of images of another size, rounded to whole pixels.
+
+    Args:
+        boxes: (top, bottom, left, right) in pixels, [B, 4]; one that was empty stays so.
+        old, new: (H, W) in pixels.
+    """
+    factors = torch.cat([boxes.new_full((2,), side, dtype=torch.float64) for side in _ratios(old, new)])
+    return (boxes * factors).round()
+
+
+def _ratios(old: tuple[int, int], new: tuple[int, int]) -> tuple[float, float]:
+    return new[0] / old[0], new[1] / old[1]
 
 
 def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foreseen.finetune.augment import inside_boxes
+from foreseen.finetune.augment import inside_boxes, scale_boxes
 
 
 class PairMix:
@@ -80,6 +80,11 @@ def mix(images: Tensor, draws: Tensor) -> Tensor:
     outside = ~inside_boxes(boxes, *images.shape[-2:])
     own = torch.where(is_cut, outside.to(share.dtype), share).to(images.dtype)
     return torch.lerp(partner(images), images, own)
+
+
+def scale_mixing(draws: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """The same draws for images of another size, (H, W) in pixels: [B, 5] -> [B, 5]. The share stays the labels'."""
+    return torch.cat([draws[:, :1], scale_boxes(draws[:, 1:], old, new)], dim=1)
 
 
 def soft_targets(labels: Tensor, draws: Tensor | None, num_classes: int, smoothing: float) -> Tensor:

@@ -3,27 +3,28 @@
 He et al. 2022, arXiv:2111.06377, table 9; facebookresearch/mae at efb2a80, main_finetune.py and models_vit.py; Bao et
 al. 2021, arXiv:2106.08254; microsoft/unilm at 768a3c8, beit/run_class_finetuning.py and modeling_finetune.py. Their
 logits and parameter groups this file reproduces (tests/finetune/test_supervised.py, test_beit.py). The same class
-trains from scratch: the control is the same code.
+trains from scratch: the control is the same code. With other options it is DeiT's and DeiT III's recipe
+(arXiv:2012.12877, arXiv:2204.07118).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from foreseen.config import Config, MethodOptions
 from foreseen.config import Views as ViewOptions
 from foreseen.data.batch import Batch
-from foreseen.data.views import Draw, Request, View, configured_view, denormalise
+from foreseen.data.views import Draw, Request, Transform, View, configured_view, denormalise
 from foreseen.device_keys import subkey
+from foreseen.engine.layer_decay import parameter_rules
 from foreseen.engine.objective import Objective, ParameterRule, Progress
-from foreseen.finetune.augment import EraseBox, RandAugment, erase
+from foreseen.finetune.augment import EraseBox, RandAugment, ThreeAugment, erase
 from foreseen.finetune.freeze import freeze, frozen_modules, frozen_parameters
-from foreseen.finetune.layer_decay import parameter_rules
 from foreseen.finetune.mixing import PairMix, mix, soft_targets
 from foreseen.handoff.encoder import Preprocessing, create_encoder
 from foreseen.models.backbone import Pool
@@ -37,8 +38,11 @@ class SupervisedOptions(MethodOptions):
     """Options of `method.name: supervised`; the defaults are MAE's, but for the crops, which `views` sets."""
 
     name: Literal["supervised"] = "supervised"
-    pool: Pool = "mean"
-    """What the head sees: "mean" of the patch tokens, or the class "token"."""
+    pool: Pool | None = "mean"
+    """What the head sees: "mean" of the patch tokens, or the class "token"; null is the model's own way."""
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """"bce" asks of each class by itself whether it is there, as DeiT III: in a mixed image both are. It is a mean
+    over images and classes, so its gradients are some K times smaller, which LAMB does not mind and AdamW does."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     mixup: float = Field(0.8, ge=0)
     """Alpha of mixup's Beta distribution; 0 switches it off."""
@@ -60,6 +64,15 @@ class SupervisedOptions(MethodOptions):
     def mixes(self) -> bool:
         """Whether images are mixed at all."""
         return max(self.mixup, self.cutmix) > 0 and self.mixup_prob > 0
+
+    @model_validator(mode="after")
+    def _bce_has_no_smoothing(self) -> Self:
+        if self.loss == "bce" and self.label_smoothing > 0:
+            raise ValueError(
+                f"method.label_smoothing {self.label_smoothing} would tell method.loss bce that every class is there; "
+                "set it to 0"
+            )
+        return self
 
 
 class Supervised(Objective):
@@ -96,22 +109,18 @@ class Supervised(Objective):
         self.frozen = frozen_parameters(model, options.freeze)
 
     @classmethod
-    def build(cls, config: Config, num_classes: int) -> "Supervised":
+    def build(cls, config: Config, num_classes: int, class_names: Sequence[str] | None = None) -> "Supervised":
         """The objective that a recipe trains, with weights drawn from the global generator and from `init_from`.
 
         Args:
             config: of the verb "finetune".
             num_classes: of the labels.
+            class_names: of the labels, where they have names.
         """
         options = config.method
         assert isinstance(options, SupervisedOptions)
-        encoder = create_encoder(
-            config.model, img_size=config.views.size, num_classes=num_classes, pool=options.pool
-        )  # fmt: skip
-        if encoder.initialised is not None:
-            _draw_heads(encoder.model, encoder.initialised.fresh, options.head_init_std)
-        view = _view(config.views, encoder.preprocessing)
-        return cls(encoder.model, options, view, erase=config.views.erase)
+        model, view = create_classifier(config, options, num_classes)
+        return cls(model, options, view, erase=config.views.erase)
 
     @property
     def request(self) -> Request:
@@ -123,24 +132,34 @@ class Supervised(Objective):
         return Request(views=(replace(self.view, crop="centre", flip=0.0, transform=None, colour=None),), labels=True)
 
     def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
-        """The cross-entropy with mixed and smoothed labels."""
-        assert batch.label is not None
+        """The cross-entropy, or that of each class by itself, with mixed and smoothed labels."""
         with draw_drop_path(self.model, subkey(batch.key, "drop_path")):
-            logits = _exact(self.model(self._augment(batch)))
-        targets = soft_targets(
-            batch.label, batch.draws.get("mix"), self.num_classes, self.options.label_smoothing
-        )  # fmt: skip
-        loss = -(targets.to(logits.dtype) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+            logits = exact(self.model(self.augment(batch)))
+        loss = self.label_loss(logits, batch)
+        return {"loss": loss} | self.accuracy(logits, batch)
+
+    def label_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of logits [B, K] against the labels of the images that `augment` has mixed."""
+        assert batch.label is not None
+        mixing = batch.draws.get("mix")
+        targets = soft_targets(batch.label, mixing, self.num_classes, self.options.label_smoothing).to(logits.dtype)
+        if self.options.loss == "bce":
+            return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
+        return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+    def accuracy(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The share of the images that logits [B, K] get right, as "top1"; nothing where images are mixed."""
         if self.options.mixes:
-            return {"loss": loss}
-        return {"loss": loss, "top1": (logits.argmax(dim=1) == batch.label).to(logits.dtype).mean()}
+            return {}
+        assert batch.label is not None
+        return {"top1": (logits.argmax(dim=1) == batch.label).to(logits.dtype).mean()}
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over the labelled samples: how many, right at first and among five, the cross-entropy; and logits."""
         assert batch.label is not None
         known = batch.label >= 0
         label = batch.label.clamp(min=0)
-        logits = _exact(self.model(batch.images[self.view.name]))
+        logits = exact(self.model(batch.images[self.view.name]))
         hits = logits.topk(min(5, self.num_classes), dim=1).indices == label[:, None]
         loss = F.cross_entropy(logits, label, reduction="none")
         return {
@@ -156,7 +175,7 @@ class Supervised(Objective):
         return self.model
 
     def parameter_rules(self, layer_decay: float | None) -> Mapping[str, ParameterRule]:
-        """MAE's and BEiT's layer decay; see `foreseen.finetune.layer_decay`."""
+        """MAE's and BEiT's layer decay; see `foreseen.engine.layer_decay`."""
         decayed = self.options.decay_relative_positions
         rules = parameter_rules(self.model, layer_decay, decay_relative_positions=decayed)
         return {f"model.{name}": rule for name, rule in freeze(rules, self.frozen).items()}
@@ -170,9 +189,10 @@ class Supervised(Objective):
 
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """What the network is shown: [N, 3, H, W] uint8."""
-        return {"inputs": denormalise(self._augment(batch)[:_PICTURES], self.view.mean, self.view.std)}
+        return {"inputs": denormalise(self.augment(batch)[:_PICTURES], self.view.mean, self.view.std)}
 
-    def _augment(self, batch: Batch) -> Tensor:
+    def augment(self, batch: Batch) -> Tensor:
+        """Erase and mix the images of the view: normalised, [B, 3, H, W]."""
         images = batch.images[self.view.name]
         if "erase" in batch.draws:
             images = erase(images, batch.draws["erase"], batch.key)
@@ -181,21 +201,32 @@ class Supervised(Objective):
         return images
 
 
-def _exact(logits: Tensor) -> Tensor:
+def exact(logits: Tensor) -> Tensor:
+    """In float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _view(options: ViewOptions, preprocessing: Preprocessing) -> View:
+def create_classifier(config: Config, options: SupervisedOptions, num_classes: int) -> tuple[nn.Module, View]:
+    """The network that a recipe trains, and the view that it is trained on."""
+    encoder = create_encoder(config.model, img_size=config.views.size, num_classes=num_classes, pool=options.pool)
+    if encoder.initialised is not None:
+        _draw_heads(encoder.model, encoder.initialised.fresh, options.head_init_std)
+    return encoder.model, training_view(config.views, encoder.preprocessing)
+
+
+def training_view(options: ViewOptions, preprocessing: Preprocessing) -> View:
+    """The crop, named "image", that a config's `views` section asks for, with its augmentation in the worker."""
     view = configured_view(options, preprocessing.mean, preprocessing.std)
-    transform = None
+    transform: Transform | None = None
     if options.rand_augment is not None:
         transform = RandAugment(options.rand_augment, options.size, view.mean, options.interpolation)
-    return replace(
-        view,
+    elif options.three_augment is not None:
+        transform = ThreeAugment(options.three_augment)
+    fraction = options.centre_fraction
+    if fraction is None:
         # As MAE evaluates: resize to 256 and cut 224 out, but see the whole side of larger inputs.
-        centre_fraction=0.875 if max(options.size) <= 224 else 1.0,
-        transform=transform,
-    )
+        fraction = 0.875 if max(options.size) <= 224 else 1.0
+    return replace(view, centre_fraction=fraction, transform=transform)
 
 
 def _draw_heads(model: nn.Module, fresh: tuple[str, ...], std: float) -> None:

@@ -105,6 +105,9 @@ class Data(Section):
     `block_shards`, so that few shards are needed at a time. Another order is another run."""
     block_shards: int = Field(16, ge=1)
     """Shards in a block: the larger, the better mixed."""
+    repeats: int = Field(1, ge=1)
+    """How often each sample stands in a global batch, augmented anew each time; DeiT takes 3. An epoch then sees one
+    sample in so many."""
     samples: int | None = Field(None, ge=1)
     """Of a stream: samples that make an epoch; null makes the whole run one, and needs `run.steps`."""
     shuffle_buffer: int = Field(1000, ge=1)
@@ -161,6 +164,9 @@ class Model(Section):
     init_from: str | None = None
     """Weights to begin from: an encoder folder, or `timm:NAME` for public weights."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth: the probability that the last block's residual paths are dropped, rising linearly to there."""
+    drop_path_uniform: bool = False
+    """The same rate in all blocks."""
     args: dict[str, Any] = Field(default_factory=dict)
     """More keyword arguments of the timm model, such as `patch_size` or `depth`; null clears a recipe's."""
 
@@ -238,11 +244,17 @@ class Views(Section):
     """Smallest and largest share of the image's area that a crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Narrowest and widest aspect ratio of a crop."""
+    simple_crop: bool = False
+    """DeiT III's simple random crop instead: the picture is resized until it covers the size, and shifted by what is
+    left over and 4 pixels; `scale` and `ratio` are then not used."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     rand_augment: str | None = None
     """RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`."""
+    three_augment: float | None = Field(None, ge=0, lt=1)
+    """DeiT III's 3-Augment instead: one of grey, solarise and blur, then brightness, contrast and saturation changed by
+    so much at most; the paper's is 0.3."""
     erase: float = Field(0.0, ge=0, le=1)
     """Probability of random erasing, with normal noise per pixel."""
     colour: Colour | None = None
@@ -250,6 +262,8 @@ class Views(Section):
     mean: tuple[float, float, float] | None = None
     """Channel means to normalise by, for pixels in [0, 1]; null takes the encoder's, else ImageNet's."""
     std: tuple[float, float, float] | None = None
+    centre_fraction: float | None = Field(None, gt=0, le=1)
+    """Share of the resized picture's side that fine-tuning evaluates on; null is 0.875 up to 224 px, and 1 above."""
 
     @field_validator("size", mode="before")
     @classmethod
@@ -264,6 +278,8 @@ class Views(Section):
             raise ValueError(f"views.scale must be two rising shares in (0, 1], got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"views.ratio must be two rising positive numbers, got {self.ratio}")
+        if self.rand_augment is not None and self.three_augment is not None:
+            raise ValueError("views.rand_augment and views.three_augment are both given; set one of them to null")
         return self
 
 
@@ -279,13 +295,20 @@ class Optim(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
+    weight_decay_end: float | None = Field(None, ge=0)
+    """Where weight decay ends: half a cosine leads there from `weight_decay`, from the first step on; null keeps it."""
     warmup_epochs: float | None = Field(None, ge=0)
     warmup_steps: int | None = Field(None, ge=0)
     """Linear warm-up from 0; this or `warmup_epochs`, both null for none."""
+    warmup_ends_at_peak: bool = False
+    """Whether the last step of the warm-up is made at the peak, as in DINO's code, or the one after it, as in MAE's."""
     min_lr: float = Field(0.0, ge=0)
     """Where the cosine ends."""
     clip_grad: float | None = Field(None, gt=0)
-    """Largest global gradient norm; null never clips."""
+    """Largest gradient norm; null never clips."""
+    clip_per: Literal["global", "parameter", "module"] = "global"
+    """Whose norm is limited: that of all gradients together, of each tensor alone (DINO, iBOT), or of each network and
+    head (DINOv2)."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Each layer's lr is this times the next one's, towards the input; the head keeps the full lr."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
@@ -355,6 +378,10 @@ class MethodOptions(Section):
     has_backbone: ClassVar[bool] = True
     """Whether it trains a timm model, which `model` names."""
     name: str
+
+    def control(self) -> "tuple[MethodOptions, str] | None":
+        """The same method without the network that it learns from, and where that lies; None if it learns from none."""
+        return None
 
 
 class Config(Section):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -28,16 +29,23 @@ from foreseen.handoff.encoder import create_encoder
 from foreseen.models.backbone import architecture_of, patch_grid, patch_size
 from foreseen.models.drop_path import draw_drop_path
 from foreseen.models.frozen import Frozen
-from foreseen.models.mask_tokens import MaskableViT, block_arguments, check_maskable, embed_masked, run_blocks
-from foreseen.models.masked_vit import take
+from foreseen.models.mask_tokens import (
+    MaskableViT,
+    block_arguments,
+    check_maskable,
+    embed_masked,
+    run_blocks,
+    run_last_block,
+)
 from foreseen.pretrain.beit_aggregation import AggregateOptions, PatchAggregation
-from foreseen.pretrain.beit_baselines import PositionCounts, nearest_visible
+from foreseen.pretrain.beit_baselines import NearestVisible, PositionCounts
 from foreseen.pretrain.beit_initial import draw, draw_normal, initialise
 from foreseen.pretrain.tokenizer_choice import TokenizedOptions, chosen_tokenizer
 from foreseen.tokenizers.pictures import code_map
 from foreseen.tokenizers.tokenizer import Tokenizer
 
 _PICTURES = 8
+_TRIES = 100  # masks that are drawn before it is believed that none of them hides anything
 _SPARED = ("vit.cls_token", "vit.pos_embed", "vit.reg_token", "vit.dist_token")
 _PAPERS_MASKED, _PAPERS_BLOCK = 75 / 196, 16 / 196
 
@@ -122,6 +130,7 @@ class BEiT(Objective):
         self.register_buffer("tokens_scale", std / its_std, persistent=False)
         self.register_buffer("tokens_shift", (mean - its_mean) / its_std, persistent=False)
         self.position_counts = PositionCounts(self.num_patches, tokenizer.codebook_size)
+        self.nearest_visible = NearestVisible(self.grid)
         draw_normal(self.mask_token)
         draw(self.head)
 
@@ -183,7 +192,7 @@ class BEiT(Objective):
             guesses = {
                 "accuracy": predictions[0].argmax(-1),
                 "baseline_position": self.position_counts.frequent[chosen],
-                "baseline_neighbour": codes.gather(1, nearest_visible(mask, chosen, self.grid)),
+                "baseline_neighbour": codes.gather(1, self.nearest_visible(mask, chosen)),
             }
             shown = {name: mean((guess == targets).to(losses[0].dtype)) for name, guess in guesses.items()}
         if len(losses) == 1:
@@ -206,14 +215,17 @@ class BEiT(Objective):
         Returns:
             One or two times [B, M, K], in float32 at least.
         """
-        vit, arguments = self.vit, block_arguments(self.vit)
-        outputs = list(run_blocks(vit.blocks, embed_masked(vit, images, mask, self.mask_token), arguments))
-        prefix = vit.num_prefix_tokens
-        predictions = [self.head(vit.norm(take(outputs[-1], prefix + places)))]
+        vit, arguments, prefix = self.vit, block_arguments(self.vit), self.vit.num_prefix_tokens
+        *others, last = vit.blocks
+        embedded = embed_masked(vit, images, mask, self.mask_token)
+        outputs = [embedded, *run_blocks(others, embedded, arguments)]  # by how many blocks they have passed
+        first = torch.arange(prefix, device=places.device).expand(len(places), -1)
+        tokens = run_last_block(last, outputs[-1], torch.cat([first, prefix + places], dim=1), arguments)
+        predictions = [self.head(vit.norm(tokens[:, prefix:]))]
         if self.aggregation is not None:
-            early = outputs[self.aggregation.from_block - 1]
-            tokens = torch.cat([outputs[-1][:, :prefix], early[:, prefix:]], dim=1)
-            aggregated = take(self.aggregation(tokens, arguments), prefix + places)
+            early = outputs[self.aggregation.from_block]
+            mixed = torch.cat([tokens[:, :prefix], early[:, prefix:]], dim=1)
+            aggregated = self.aggregation(mixed, prefix + places, arguments)
             predictions.append((self.aggregation.head or self.head)((self.aggregation.norm or vit.norm)(aggregated)))
         return [_exact(logits) for logits in predictions]
 
@@ -274,7 +286,7 @@ def _block_mask(options: MaskOptions, grid: tuple[int, int]) -> BlockMask:
     """The mask that the options ask for on a grid of patches.
 
     Raises:
-        BadInput: it hides no patch, or all of them.
+        BadInput: it hides no patch, or all of them, or no block fits in.
     """
     patches = grid[0] * grid[1]
     target = options.num_masked or round(options.ratio * patches)
@@ -284,13 +296,15 @@ def _block_mask(options: MaskOptions, grid: tuple[int, int]) -> BlockMask:
             f"method.mask.{key} {getattr(options, key)} hides {target} of {grid[0]}×{grid[1]} patches; at least one "
             "must be hidden and one visible"
         )
-    if min(grid) == 1 and not options.exact:
-        raise BadInput(
-            f"a grid of {grid[0]}×{grid[1]} patches has no block that is smaller on both sides; set "
-            "method.mask.exact=true, or change views.size"
-        )
     min_block = options.min_block or max(1, round(_PAPERS_BLOCK * patches))
-    return BlockMask(grid, target, min_block=min_block, min_aspect=options.min_aspect, exact=options.exact)
+    mask = BlockMask(grid, target, min_block=min_block, min_aspect=options.min_aspect, exact=options.exact)
+    if not any(mask(np.random.default_rng(number), number).any() for number in range(_TRIES)):
+        raise BadInput(
+            f"a grid of {grid[0]}×{grid[1]} patches has no block of method.mask.min_block {min_block} or more that is "
+            "smaller on both sides, so nothing would be hidden; set a smaller one or method.mask.exact=true, or change "
+            "views.size"
+        )
+    return mask
 
 
 def _tokens_view(tokenizer: Tokenizer, vit: MaskableViT, view: View) -> View | None:

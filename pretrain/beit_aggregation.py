@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foreseen.config import Section
 from foreseen.errors import BadInput
-from foreseen.models.mask_tokens import MaskableViT, run_blocks
+from foreseen.models.mask_tokens import MaskableViT, run_blocks, run_last_block
 from foreseen.pretrain.beit_initial import begin_anew, draw, shrink
 
 
@@ -62,12 +62,14 @@ class PatchAggregation(nn.Module):
             self.head = nn.Linear(vit.embed_dim, codebook_size)
             draw(self.head)
 
-    def forward(self, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Run the extra blocks, [B, P + L, D] -> [B, P + L, D].
+    def forward(self, tokens: Tensor, places: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Run the extra blocks, [B, P + L, D] -> [B, T, D].
 
         Args:
             tokens: the last block's prefix tokens and an early block's patches.
+            places: numbers of the tokens wanted, [B, T].
             arguments: what each block takes besides; see `block_arguments`.
         """
-        *_, last = run_blocks(self.blocks, tokens, arguments)
-        return last
+        *others, last = self.blocks
+        *_, tokens = tokens, *run_blocks(others, tokens, arguments)
+        return run_last_block(last, tokens, places, arguments)

@@ -61,21 +61,35 @@ class PositionCounts(nn.Module):
         return (self.counts.amax(dim=0) > 0).to(torch.float32).mean()
 
 
-def nearest_visible(mask: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The visible patch nearest to each of some patches; of several as near, the first in row-major order.
+class NearestVisible(nn.Module):
+    """The visible patch nearest to a hidden one; of several as near, the first in row-major order.
 
     Args:
-        mask: True where a patch is hidden, [B, L]; at least one is visible.
-        places: numbers of patches, [B, M].
         grid: (h, w).
 
-    Returns:
-        Numbers of visible patches, [B, M].
+    Attributes:
+        rank: how many patches are nearer to a patch than another one, [L, L]; all that is looked up for each image.
+        order: the patches from the nearest to the farthest, [L, L].
     """
-    patches = grid[0] * grid[1]
-    every = torch.arange(patches, device=mask.device)
-    down = places[..., None] // grid[1] - every // grid[1]
-    right = places[..., None] % grid[1] - every % grid[1]
-    # Whole numbers that are all different, so that no device may choose another of two that are as near.
-    order = (down.square() + right.square()) * patches + every
-    return order.masked_fill(mask[:, None, :], 2 * patches**3).argmin(-1)
+
+    rank: Tensor
+    order: Tensor
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        patch = torch.arange(grid[0] * grid[1])
+        down, right = (place[:, None] - place for place in (patch // grid[1], patch % grid[1]))
+        order = (down.square() + right.square()).argsort(dim=1, stable=True).to(torch.int32)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("rank", order.argsort(dim=1).to(torch.int32), persistent=False)
+
+    def forward(self, mask: Tensor, places: Tensor) -> Tensor:
+        """Numbers of visible patches, [B, M] int64.
+
+        Args:
+            mask: True where a patch is hidden, [B, L]; at least one is visible.
+            places: numbers of patches, [B, M].
+        """
+        patches = len(self.order)
+        first = self.rank[places].masked_fill(mask[:, None], patches).amin(dim=-1)
+        return self.order.flatten()[places * patches + first].long()

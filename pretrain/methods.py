@@ -8,6 +8,10 @@ from accelerate import Accelerator
 from foreseen.config import Config, MethodOptions
 from foreseen.engine.objective import Objective
 from foreseen.pretrain.beit import BEiT, BEiTOptions
+from foreseen.pretrain.dino import DINO, DINOOptions
+from foreseen.pretrain.dinov2 import DINOv2, DINOv2Options
+from foreseen.pretrain.distill import FeatureDistill, FeatureDistillOptions
+from foreseen.pretrain.ibot import IBOT, IBOTOptions
 from foreseen.pretrain.mae import MAE, MAEOptions
 from foreseen.pretrain.tokenizer_choice import choose_tokenizer
 from foreseen.tokenizers.looking import Cut
@@ -28,6 +32,10 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "dino": Method(DINOOptions, DINO.build),
+    "dinov2": Method(DINOv2Options, DINOv2.build),
+    "ibot": Method(IBOTOptions, IBOT.build),
     "mae": Method(MAEOptions, MAE.build),
+    "feature_distill": Method(FeatureDistillOptions, FeatureDistill.build),
     "beit": Method(BEiTOptions, BEiT.build, choose_tokenizer),
 }

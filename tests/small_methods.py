@@ -7,12 +7,21 @@ from functools import cache
 from pathlib import Path
 
 from foreseen.config import Config
+from tests.tiny_teacher import tiny_teacher
 from tests.tokenizers.teachers import save_teacher
+
+# Sizes fit patches of 8 px.
+_SELF_DISTILLED = {
+    "method.out_dim": "64", "method.hidden_dim": "32", "method.bottleneck_dim": "16", "method.head_warmup_steps": "0",
+    "method.crops": "{local_count: 2, local_size: 16}",
+}  # fmt: skip
 
 
 def small_method(config: Config) -> dict[str, str]:
     """Overrides for a recipe's method, by their keys."""
     options = config.method.model_dump()
+    if options["name"] in ("distill", "feature_distill"):
+        return {"method.teacher": str(tiny_teacher())}
     if "teacher" in options:  # a tokenizer that learns from an encoder, in the place of one that a test does not have
         return {"method.teacher": str(_teacher()), "method.codebook_size": "24", "method.code_dim": "8"}
     if "decoder" in options:
@@ -21,6 +30,10 @@ def small_method(config: Config) -> dict[str, str]:
         network = "{groups: 3, blocks: 1, width: 8, decoder_input: 8, residual_gain: 0.5}"
         return {"method.network": network} | ({"method.kl_weight": "1.0"} if "kl_weight" in options else {})
     small = {}
+    if "crops" in options:
+        small |= _SELF_DISTILLED
+    if "koleo_group" in options:
+        small |= {"method.koleo_group": "2", "method.patch_bottleneck_dim": "12"}
     if "pixel_clusters" in options:  # fitted in no time, in the place of a folder that a test does not have
         small |= {"method.tokenizer": "null", "method.pixel_clusters": "{clusters: 16}"}
     if options.get("aggregate"):

@@ -52,16 +52,16 @@ def test_an_option_of_another_method_is_named_as_such() -> None:
     from foreseen.config import MethodOptions, resolve
 
     class Other(MethodOptions):
-        out_dim: int = 3
+        wings: int = 3
 
     raw = {
         "run": {"dir": "x", "steps": 1},
         "model": {"name": "m"},
-        "method": {"name": "mae", "out_dim": 5},
+        "method": {"name": "mae", "wings": 5},
         "optim": {"base_lr": 1.0},
         "batch": {"global_size": 4},
     }
-    with pytest.raises(BadInput, match=r"'method.out_dim' is an option of other, not of the method chosen"):
+    with pytest.raises(BadInput, match=r"'method.wings' is an option of other, not of the method chosen"):
         resolve(raw, {**method_options("pretrain"), "other": Other})
 
 

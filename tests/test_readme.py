@@ -15,7 +15,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from foreseen import cli
-from foreseen.commands.verbs import VERBS, load_recipe, method_options
+from foreseen.commands.verbs import VERBS, Verb, load_recipe, method_options
 from foreseen.config import Config, recipe_names
 from tests.documentation import (
     PAGES,
@@ -111,14 +111,14 @@ def test_an_override_in_a_sentence_is_valid() -> None:
     for page in PAGES:
         for overrides in re.findall(rf"`((?:{sections})\.[\w.]+=[^`\n]+)`", read(page)):
             if "mask_ration" not in overrides:  # shown as a mistake
-                load_recipe("pretrain", _recipe_with(overrides), overrides.split())
+                load_recipe(*_recipe_with(overrides), overrides.split())
 
 
-def _recipe_with(overrides: str) -> str:
-    """A recipe whose method has the options that are overridden."""
+def _recipe_with(overrides: str) -> tuple[Verb, str]:
+    """A verb and its recipe whose method has the options that are overridden."""
     options = set(re.findall(r"\bmethod\.(\w+)", overrides))
-    recipes = ("mae_vit_b16", *recipe_names("pretrain"))
-    return next(name for name in recipes if options <= load_recipe("pretrain", name).method.model_dump().keys())
+    recipes = [("pretrain", "mae_vit_b16"), *((verb, name) for verb in VERBS for name in recipe_names(verb))]
+    return next(found for found in recipes if options <= load_recipe(*found).method.model_dump().keys())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

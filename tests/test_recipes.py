@@ -8,9 +8,12 @@ import torch
 
 from foreseen.commands.verbs import load_recipe
 from foreseen.engine.schedule import scaled_lr
+from foreseen.finetune.distill import Distill
 from foreseen.finetune.supervised import Supervised
 from foreseen.pretrain.beit import BEiT
 from foreseen.pretrain.mae import MAE
+from foreseen.pretrain.methods import METHODS
+from tests.tiny_teacher import tiny_teacher
 from tests.tiny_tokenizer import TinyTokenizer, tiny_tokenizer
 
 CLASSES = 1000
@@ -116,6 +119,42 @@ def test_the_published_finetuning_begins_from_the_published_pretraining(name: st
     assert (finetuning.model.name, finetuning.views.size) == (pretraining.model.name, pretraining.views.size)
 
 
+def _small(name: str, overrides: list[str]) -> tuple[Supervised, float]:
+    """A DeiT recipe of 1000 classes at full size, and the lr that it reaches."""
+    config = load_recipe("finetune", name, overrides)
+    build = Distill.build if config.method.name == "distill" else Supervised.build
+    with torch.device("meta"):
+        objective = build(config, CLASSES)
+    optim = config.optim
+    return objective, scaled_lr(optim.base_lr, optim.lr_scaling, config.batch.global_size, optim.lr_reference_batch)
+
+
+def test_deit_small_is_distilled_as_published() -> None:
+    objective, lr = _small("deit_s16_distilled", [f"method.teacher={tiny_teacher(CLASSES)}"])
+    width, head = 384, CLASSES * 385
+    weights = sum(parameter.numel() for parameter in objective.model.parameters())
+    embedding, tokens = 3 * 16**2 * width + width, 2 * width + (_tokens(16) + 1) * width
+    assert weights == embedding + tokens + 12 * _block(width) + 2 * width + 2 * head
+    assert lr == pytest.approx(1e-3)
+    config = load_recipe("finetune", "deit_s16_distilled")
+    assert (config.batch.global_size, config.run.epochs, config.optim.warmup_epochs) == (1024, 300, 5)
+    assert (config.data.repeats, config.method.weight, config.method.distillation) == (3, 0.5, "hard")  # type: ignore[attr-defined]
+
+
+def test_deit3_small_is_trained_as_published() -> None:
+    objective, lr = _small("deit3_s16", [])
+    width = 384
+    weights = sum(parameter.numel() for parameter in objective.model.parameters())
+    # Its table has no row for the class token, and each block has two LayerScales.
+    embedding, tokens = 3 * 16**2 * width + width, width + (_tokens(16) - 1) * width
+    blocks = 12 * (_block(width) + 2 * width)
+    assert weights == embedding + tokens + blocks + 2 * width + CLASSES * (width + 1)
+    assert lr == pytest.approx(4e-3)
+    config = load_recipe("finetune", "deit3_s16")
+    assert (config.batch.global_size, config.run.epochs, config.optim.name) == (2048, 800, "lamb")
+    assert objective.evaluation_request().views[0].centre_fraction == 1.0
+
+
 HEADS = {"b16": 12, "l16": 16}
 TABLE_ROWS = 27**2 + 3
 # microsoft/unilm, beit/ and beit2/: lr at a batch of 1024, layer decay, drop path, epochs, warm-up.
@@ -206,3 +245,68 @@ def test_the_small_beits_are_built(name: str, tmp_path: Path) -> None:
         objective = BEiT.build(load_recipe("pretrain", name, [f"method.tokenizer={folder}"]))
     assert objective.grid == {"beit_pets": (16, 16), "beit_cpu_minutes": (6, 6)}[name]
     assert len(objective.request.views) == 1
+
+
+IMAGENET = 1_281_167
+
+
+@dataclass(frozen=True)
+class SelfDistilled:
+    """What a paper's recipe says: peak lr, steps, crops, prototypes, and weights of the student, head and all."""
+
+    recipe: str
+    weights: int
+    lr: float
+    steps: int
+    crops: int
+    prototypes: int
+    frozen_steps: int
+
+
+def _head(width: int, prototypes: int, *, gains: bool) -> int:
+    """Weights of D → 2048 → 2048 → 256, their biases, K directions of 256 and K gains, frozen or not."""
+    mlp = width * 2048 + 2048 * 2048 + 2048 * 256 + 2 * 2048 + 256
+    return mlp + prototypes * 256 + prototypes * gains
+
+
+SMALL_VIT = 21_665_664  # of timm's ViT-S/16 without a head
+SELF_DISTILLED = [
+    SelfDistilled("dino_vit_s16", SMALL_VIT + _head(384, 65_536, gains=True), 2e-3, 1_000_912, 12, 65_536, 1251),
+    SelfDistilled(
+        "dino_vit_b16", VITS["b16"].weights + _head(768, 65_536, gains=False), 3e-3, 500_456, 12, 65_536, 3753
+    ),
+    SelfDistilled(
+        "ibot_vit_s16", SMALL_VIT + 384 + _head(384, 8_192, gains=True), 2e-3, 1_000_912, 12, 8_192, 1251
+    ),
+    SelfDistilled(
+        "ibot_vit_b16", VITS["b16"].weights + 768 + _head(768, 8_192, gains=False), 3e-3, 500_456, 12, 8_192, 3753
+    ),
+    SelfDistilled(
+        "ibot_vit_l16", VITS["l16"].weights + 1024 + _head(1024, 8_192, gains=False), 3e-3, 312_785, 12, 8_192, 3753
+    ),
+    SelfDistilled(
+        "dinov2_vit_l16_short",
+        VITS["l16"].weights + 2 * 24 * 1024 + 1024 + _head(1024, 65_536, gains=True),
+        4e-3 * 2**0.5, 125_000, 10, 65_536, 1251,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("paper", SELF_DISTILLED, ids=lambda paper: paper.recipe)
+def test_the_published_self_distillation_is_built_at_full_size(paper: SelfDistilled) -> None:
+    config = load_recipe("pretrain", paper.recipe).with_length(IMAGENET)
+    with torch.device("meta"):
+        objective = METHODS[config.method.name].build(config)
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    assert sum(parameter.numel() for parameter in trained.values()) == paper.weights
+    optim = config.optim
+    peak = scaled_lr(optim.base_lr, optim.lr_scaling, config.batch.global_size, optim.lr_reference_batch)
+    assert peak == pytest.approx(paper.lr)
+    assert config.run.steps == paper.steps
+    assert sum(view.count for view in objective.request.views) == paper.crops
+    rules = objective.parameter_rules(optim.layer_decay)
+    assert rules.keys() == trained.keys()
+    assert rules["student.head.last_layer.weight_v"].frozen_steps == paper.frozen_steps
+    assert trained["student.head.last_layer.weight_v"].shape == (paper.prototypes, 256)
+    assert (optim.weight_decay, optim.weight_decay_end) == (0.04, 0.4)
+    assert objective.notes == ()

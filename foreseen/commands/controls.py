@@ -1,9 +1,10 @@
-"""Did pretraining help? An encoder against scratch at its best, on the same labels, seeds and test pictures.
+"""Did pretraining, or a teacher, help? Against its control at its best, on the same labels, seeds and test pictures.
 
 Scratch is the better, by validation, of the same recipe and its own: no layer decay, and three learning rates. Both
 sides pass over the same number of images; a second line gives scratch three times as many. An encoder that began from
-other weights is compared with those, too. Each seed draws its own labels, the same for every side, and differences are
-taken seed by seed.
+other weights is compared with those, too. A method that learns from a teacher is held against the same student on
+labels alone instead of scratch, by the same rules. Each seed draws its own labels, the same for every side, and
+differences are taken seed by seed.
 """
 
 import json
@@ -20,7 +21,7 @@ from foreseen.files import read_json
 from foreseen.masked import masked
 
 if TYPE_CHECKING:
-    from foreseen.config import Config
+    from foreseen.config import Config, MethodOptions
     from foreseen.handoff.encoder import EncoderFolder
 
 LR_FACTORS = (0.25, 0.7, 2.0)  # of the recipe's lr: about three apart, as scratch may want more or less
@@ -55,11 +56,46 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What is compared with its control, and the words for it.
+
+    Attributes:
+        source: folder of the weights that are begun from or learned from, or `timm:NAME`.
+        treated, control: what the sides are called; their folders and keys begin so.
+        deed: what may have helped.
+        once: what there is one of, whatever the seeds.
+        student: the control's method, where it is not scratch.
+    """
+
+    source: str | None
+    treated: str = "pretrained"
+    control: str = "scratch"
+    deed: str = "Pretraining"
+    once: str = "one pretraining run"
+    student: "MethodOptions | None" = None
+
+    @classmethod
+    def of(cls, config: "Config") -> "Subject":
+        """What a recipe adds to its control: a teacher, or else the weights that it begins from."""
+        found = config.method.control()
+        if found is None:
+            return cls(config.model.init_from)
+        student, source = found
+        return cls(source, "distilled", "labels alone", "Distillation", "one teacher", student)
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights lie; some other path for public ones."""
+        return Path(self.source or "")
+
+
+@dataclass(frozen=True)
 class Plan:
     """The arms of a comparison.
 
     Attributes:
-        pretrained: from the encoder.
+        subject: what is compared.
+        pretrained: from the encoder, or the teacher.
         scratch: what scratch may be at its best, of which validation chooses one.
         start: from the weights that the encoder's pretraining began from, if there are any.
         seeds: each draws its own labels.
@@ -67,6 +103,7 @@ class Plan:
         triple_seeds: how many of them scratch gets three times the passes for.
     """
 
+    subject: Subject
     pretrained: Arm
     scratch: tuple[Arm, ...]
     start: Arm | None
@@ -105,7 +142,7 @@ def make_plan(
     """Lay out a comparison.
 
     Args:
-        config: of the verb "finetune", with `model.name`, `model.init_from`, and the pretrained side's `views.mean`.
+        config: of the verb "finetune", with `model.name`, `views.mean`, and `model.init_from` or a teacher.
         seeds: how many pairs, from the config's seed on.
         tuning_seeds, triple_seeds: see `Plan`; None for all.
         start_from: what the encoder's pretraining began from.
@@ -120,19 +157,25 @@ def make_plan(
             update[section] = getattr(base, section).model_copy(update=values)
         return Arm(name, title, base.model_copy(update=update))
 
-    scratch_model = {"init_from": None}
-    candidates = [arm("scratch-same", "scratch, same recipe", config, model=scratch_model)]
+    subject = Subject.of(config)
+    if subject.student is None:
+        without = config.model_copy(update={"model": config.model.model_copy(update={"init_from": None})})
+    else:
+        without = config.model_copy(update={"method": subject.student})
+    name = subject.control.replace(" ", "-")
+    candidates = [arm(f"{name}-same", f"{subject.control}, same recipe", without)]
     for factor in LR_FACTORS:
         lr = config.optim.base_lr * factor
         own = {"base_lr": lr, "layer_decay": None}
-        title = f"scratch, own recipe, lr {lr:.3g}"
-        candidates.append(arm(f"scratch-lr-{lr:.3g}", title, config, model=scratch_model, optim=own))
+        title = f"{subject.control}, own recipe, lr {lr:.3g}"
+        candidates.append(arm(f"{name}-lr-{lr:.3g}", title, without, optim=own))
     start = None
     if start_from is not None:
         start = arm("start", f"starting weights ({start_from})", config, model={"init_from": start_from})
     every = tuple(range(config.seed, config.seed + seeds))
     return Plan(
-        pretrained=arm("pretrained", "pretrained", config),
+        subject=subject,
+        pretrained=arm(subject.treated, subject.treated, config),
         scratch=tuple(candidates),
         start=start,
         seeds=every,
@@ -157,7 +200,7 @@ def run_controls(config: "Config", jobs: Jobs, *, seeds: int) -> str:
     """Make every run of a comparison that is not made yet, and write down how it came out.
 
     Args:
-        config: of the verb "finetune", with `model.init_from`.
+        config: of the verb "finetune", with `model.init_from` or a teacher.
         jobs: open.
         seeds: how many pairs.
 
@@ -170,10 +213,13 @@ def run_controls(config: "Config", jobs: Jobs, *, seeds: int) -> str:
     from foreseen.handoff.encoder import load_encoder
 
     _check(config, seeds)
-    assert config.model.init_from is not None
-    encoder = load_encoder(config.model.init_from)
-    start = _start_of(encoder)
-    plan = make_plan(as_the_encoder(config, encoder), seeds=seeds, start_from=start)
+    subject = Subject.of(config)
+    assert subject.source is not None
+    encoder = load_encoder(subject.source)
+    if config.model.init_from is not None:
+        config = as_the_encoder(config, load_encoder(config.model.init_from))
+    start = _start_of(encoder) if subject.student is None else None
+    plan = make_plan(config, seeds=seeds, start_from=start)
     claim_folder(config)
     make_runs(jobs, plan.tuning())
     chosen = plan.chosen()
@@ -186,7 +232,7 @@ def _check(config: "Config", seeds: int) -> None:
     from foreseen.commands.session import open_shards
     from foreseen.engine.launch import start
 
-    if config.model.init_from is None:
+    if Subject.of(config).source is None:
         raise BadInput("--controls compares an encoder with scratch, and model.init_from is null; give an encoder")
     if seeds < 1:
         raise BadInput(f"--seeds must be 1 or more, got {seeds}")
@@ -238,8 +284,9 @@ def claim_folder(config: "Config") -> None:
 
     if not is_main_rank():
         return
-    weights = Path(config.model.init_from or "") / "model.safetensors"
-    digest = config.model.init_from or ""
+    subject = Subject.of(config)
+    weights = subject.folder / "model.safetensors"
+    digest = subject.source or ""
     if weights.is_file():
         with weights.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -247,7 +294,7 @@ def claim_folder(config: "Config") -> None:
     config.run.dir.mkdir(parents=True, exist_ok=True)
     if note.is_file() and note.read_text(encoding="utf-8").strip() != digest:
         raise BadInput(
-            f"run.dir {config.run.dir} holds the controls of another encoder than {config.model.init_from}; "
+            f"run.dir {config.run.dir} holds the controls of another encoder than {subject.source}; "
             "take another run.dir"
         )
     write_atomically(note, digest + "\n")
@@ -371,10 +418,12 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     from foreseen.paired import paired_difference
 
     pretrained = scores(plan.pretrained, plan.seeds)
-    sides = {"scratch": (scores(chosen, plan.seeds), chosen.title)}
+    subject = plan.subject
+    control = subject.control.replace(" ", "_")
+    sides = {control: (scores(chosen, plan.seeds), chosen.title)}
     if plan.triple_seeds:
         longer = tripled(chosen)
-        sides["scratch_3x"] = (scores(longer, plan.seeds[: plan.triple_seeds]), longer.title)
+        sides[f"{control}_3x"] = (scores(longer, plan.seeds[: plan.triple_seeds]), longer.title)
     if plan.start is not None:
         sides["start"] = (scores(plan.start, plan.seeds), plan.start.title)
     differences = {
@@ -386,11 +435,11 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     first = _result(plan.pretrained.seeded(plan.seeds[0]))
     test = recall_set(first["test_data"]["path"], first["test_data"]["split"])
     seen = count_seen(lineage, test)
-    sentences = [_sentence(sides[name][1], difference) for name, difference in differences.items()]
-    notes = (_edge_of_grid(plan, chosen), describe_seen(seen, test))
+    sentences = [_sentence(subject, sides[name][1], difference) for name, difference in differences.items()]
+    notes = (_edge_of_grid(plan, chosen), describe_seen(seen, test), _labels_of_the_teacher(plan, lineage))
     verdict = " ".join([*sentences, *(note for note in notes if note)])
     record = {
-        "encoder": config.model.init_from,
+        "encoder": subject.source,
         "method": lineage.get("method"),
         "labels": {
             "data": masked(str(config.data.path)),
@@ -399,7 +448,7 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
             "seeds": list(plan.seeds),
         },
         "test_pictures_seen": seen,
-        "arms": {"pretrained": pretrained} | {name: side for name, (side, _) in sides.items()},
+        "arms": {subject.treated: pretrained} | {name: side for name, (side, _) in sides.items()},
         "scratch_candidates": {arm.name: scores(arm, tried) for arm in plan.scratch},
         "chosen_scratch": chosen.name,
         "differences": {name: asdict(difference) for name, difference in differences.items()},
@@ -409,7 +458,7 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     report = f"{report_table(record)}\n\n{verdict}"
     if is_main_rank():
         write_atomically(config.run.dir.parent / FILE_NAME, json.dumps(record, indent=2) + "\n")
-        _add_to_card(config, record, report)
+        _add_to_card(subject, config, record, report)
     return report
 
 
@@ -419,21 +468,30 @@ def _edge_of_grid(plan: Plan, chosen: Arm) -> str | None:
     if chosen.config.optim.layer_decay is not None or rate not in (rates[0], rates[-1]):
         return None
     grid = ", ".join(f"{rate:.3g}" for rate in rates)
-    return f"Scratch's lr lies at the end of its grid ({grid}): it may do better beyond."
+    name = plan.subject.control.capitalize()
+    return f"{name}'s lr lies at the end of its grid ({grid}): it may do better beyond."
 
 
-def _sentence(against: str, difference: Any) -> str:
-    """Pretraining against one side, in words."""
+def _labels_of_the_teacher(plan: Plan, lineage: Mapping[str, Any]) -> str | None:
+    """What a teacher knew; None where there is none."""
+    if plan.subject.student is None:
+        return None
+    count = lineage.get("result", {}).get("training_samples")
+    return None if count is None else f"The teacher itself has learned from {count} labels."
+
+
+def _sentence(subject: Subject, against: str, difference: Any) -> str:
+    """The treated side against another, in words."""
     points = abs(difference.mean)
     if difference.low is None:
         return f"Against {against} the gain is {difference.mean:+.1f} points, on one seed, so without an interval."
-    count = f"{len(difference.each)} seeds of labels and fine-tuning, one pretraining run"
+    count = f"{len(difference.each)} seeds of labels and fine-tuning, {subject.once}"
     interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f} over {count}"
     if difference.low > 0:
-        return f"Pretraining helped by {points:.1f} points against {against} ({interval})."
+        return f"{subject.deed} helped by {points:.1f} points against {against} ({interval})."
     if difference.high < 0:
-        return f"Pretraining did not help: it lost {points:.1f} points against {against} ({interval})."
-    return f"Pretraining did not help measurably against {against}: {difference.mean:+.1f} points ({interval})."
+        return f"{subject.deed} did not help: it lost {points:.1f} points against {against} ({interval})."
+    return f"{subject.deed} did not help measurably against {against}: {difference.mean:+.1f} points ({interval})."
 
 
 def report_table(record: dict[str, Any]) -> str:
@@ -470,14 +528,14 @@ def describe_labels(labels: dict[str, Any]) -> str:
     return f"{labels['training']} labels to train on and {labels['validation']:.0f} to choose by"
 
 
-def _add_to_card(config: "Config", record: dict[str, Any], report: str) -> None:
+def _add_to_card(subject: Subject, config: "Config", record: dict[str, Any], report: str) -> None:
     from foreseen.handoff.card import add_section
 
-    folder = Path(config.model.init_from or "")
+    folder = subject.folder
     if not (folder / "README.md").is_file():
         return
     data = masked(config.data.path or "procedural pets")
     try:
-        add_section(folder, f"Did pretraining help? {data}, {describe_labels(record['labels'])}", report)
+        add_section(folder, f"Did {subject.deed.lower()} help? {data}, {describe_labels(record['labels'])}", report)
     except OSError as error:
         say(f"the model card of {folder} could not be changed: {error.strerror}")

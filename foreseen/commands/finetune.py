@@ -110,7 +110,7 @@ def make_job(config: "Config", shards: "ShardSet") -> "Job":
     from foreseen.finetune.methods import METHODS
     from foreseen.handoff.encoder import parents_of
 
-    objective = METHODS[config.method.name].build(config, shards.num_classes)
+    objective = METHODS[config.method.name].build(config, shards.num_classes, shards.classes)
     builder = BatchBuilder.configured(shards, objective.request, config)
     parents = parents_of(objective.encoder())
     return Job(config, objective, builder, subset=_subsets(config, shards).train, parents=parents, verb="finetune")

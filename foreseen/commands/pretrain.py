@@ -88,6 +88,10 @@ def _builder(config: "Config", pictures: "ShardSet | TarStream", request: "Reque
 
     if isinstance(pictures, ShardSet):
         return BatchBuilder.configured(pictures, request, config)
+    if config.data.repeats > 1:
+        raise BadInput(
+            f"data.repeats {config.data.repeats} needs samples by number, which a stream has not: set it to 1"
+        )
     if config.run.ledger:
         raise BadInput(
             f"run.ledger {config.run.ledger} names samples by number, and a stream has none: set it to false"

@@ -17,7 +17,7 @@ _ATTEMPTS = 10
 def block_mask(
     generator: np.random.Generator,
     grid: tuple[int, int],
-    target: int,
+    target: float,
     *,
     min_block: int = 16,
     max_block: int | None = None,
@@ -33,7 +33,7 @@ def block_mask(
     Args:
         generator: where the numbers come from.
         grid: (h, w) of the patches.
-        target: patches to hide, in [0, L].
+        target: patches to hide, in [0, L]; no more than that are.
         min_block: smallest area that a rectangle is drawn with, in patches.
         max_block: largest area; None for `target`.
         min_aspect: smallest height over width; the largest is its inverse, and between them it is log-uniform.
@@ -71,7 +71,7 @@ def block_mask(
         count += added
     flat = mask.ravel()
     if exact and count < target:
-        flat[generator.choice(np.flatnonzero(~flat), target - count, replace=False)] = True
+        flat[generator.choice(np.flatnonzero(~flat), int(target) - count, replace=False)] = True
     return flat
 
 

@@ -24,7 +24,7 @@ from foreseen.config import Config
 from foreseen.data.balance import Balance, BalancedOrder
 from foreseen.data.batch import Batch, BatchLayout, Problem
 from foreseen.data.decode import MAX_PIXELS, decode
-from foreseen.data.order import BlockOrder, Order, SampleOrder
+from foreseen.data.order import BlockOrder, Order, RepeatedOrder, SampleOrder
 from foreseen.data.shards import CorruptSample, ShardSet
 from foreseen.data.store import MAX_BYTES
 from foreseen.data.views import Request, ViewCutter
@@ -47,6 +47,7 @@ class BatchBuilder:
         seed: of the run.
         fast_decode: use torchcodec for the JPEGs that it is safe for, where it is installed.
         block_shards: shards that the order takes its samples from at a time; None for all.
+        repeats: how often each sample stands in a global batch.
         checksums: take a checksum of all that is made of each sample.
         max_pixels, max_bytes: of one picture; larger ones are unreadable, by their headers.
         balance: how often rare classes are seen; None as they occur.
@@ -54,7 +55,7 @@ class BatchBuilder:
 
     def __init__(
         self, shards: ShardSet, request: Request, seed: int, *, fast_decode: bool = True,
-        block_shards: int | None = None, checksums: bool = False, max_pixels: int = MAX_PIXELS,
+        block_shards: int | None = None, repeats: int = 1, checksums: bool = False, max_pixels: int = MAX_PIXELS,
         max_bytes: int = MAX_BYTES, balance: Balance | None = None,
     ) -> None:  # fmt: skip
         if request.labels and shards.labels is None:
@@ -66,6 +67,7 @@ class BatchBuilder:
         self.seed = seed
         self.fast_decode = fast_decode
         self.block_shards = block_shards
+        self.repeats = repeats
         self.checksums = checksums
         self.max_pixels, self.max_bytes = max_pixels, max_bytes
         self.balance = balance
@@ -76,8 +78,8 @@ class BatchBuilder:
         data = config.data
         return cls(
             shards, request, config.seed, fast_decode=data.fast_decode, block_shards=data.shards_in_block,
-            checksums=config.run.ledger == "pixels", max_pixels=data.max_pixels, max_bytes=data.max_bytes,
-            balance=data.balance,
+            repeats=data.repeats, checksums=config.run.ledger == "pixels", max_pixels=data.max_pixels,
+            max_bytes=data.max_bytes, balance=data.balance,
         )  # fmt: skip
 
     def feed(
@@ -217,6 +219,9 @@ class StreamDataset(Dataset[Batch]):
                 self.subset = np.sort(subset)
             counts = _samples_taken(builder.shards.shard_samples, self.subset)
             self.order = BlockOrder(builder.seed, counts, builder.block_shards)
+        self._blocks = self.order if isinstance(self.order, BlockOrder) else None
+        if builder.repeats > 1:
+            self.order = RepeatedOrder(self.order, builder.repeats, layout.global_size)
 
     @property
     def num_samples(self) -> int:
@@ -240,8 +245,9 @@ class StreamDataset(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self.layout.accumulation)
         positions = self.layout.positions(step, self.rank, micro)
-        if isinstance(self.order, BlockOrder):
-            self.builder.shards.expect(self.order.shards_ahead(int(positions[-1])))
+        if self._blocks is not None:
+            last = positions[-1:] if not isinstance(self.order, RepeatedOrder) else self.order.places(positions[-1:])
+            self.builder.shards.expect(self._blocks.shards_ahead(int(last[0])))
         samples = self.order.samples(positions)
         return self.builder.build(positions, samples if self.subset is None else self.subset[samples], self.subset)
 

@@ -156,6 +156,39 @@ class BlockOrder:
         return _Epoch(shards, ends, block_ends)
 
 
+class RepeatedOrder:
+    """The stream of another order in which each sample stands several times in one global batch.
+
+    A global batch of G positions holds ceil(G / R) samples, one after the other and then all of them again, so that
+    neighbours, which are mixed, are different samples; where R does not divide G, the last ones stand once less. Each
+    time a sample is augmented anew, since its position differs. An epoch, N positions, sees one sample in R.
+
+    Args:
+        order: of the samples.
+        repeats: how often each stands in a global batch, R >= 1.
+        global_size: positions of a global batch, G.
+
+    Source: Hoffer et al. 2020, arXiv:1901.09335; facebookresearch/deit at 7e160fe, samplers.py, which gives the copies
+    of a sample to different devices.
+    """
+
+    def __init__(self, order: SampleOrder, repeats: int, global_size: int) -> None:
+        self.order, self.repeats, self.global_size = order, repeats, global_size
+        self.num_samples = order.num_samples
+        self.name = f"{order.name}, {repeats} times each in {global_size}"
+
+    def samples(self, positions: Positions) -> Positions:
+        """The sample that each position of the stream reads: [B] int64 -> [B] int64 in [0, N)."""
+        return self.order.samples(self.places(positions))
+
+    def places(self, positions: Positions) -> Positions:
+        """The position of the other order that each position repeats: [B] int64 -> [B] int64."""
+        distinct = -(-self.global_size // self.repeats)
+        steps, within = np.divmod(positions, self.global_size)
+        places: Positions = steps * distinct + within % distinct
+        return places
+
+
 def _permute(key: int, n: int, places: Positions) -> Positions:
     """Where the permutation of [0, n) that belongs to a key takes some places."""
     if n <= _SORTED_UP_TO:

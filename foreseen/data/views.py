@@ -36,6 +36,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop tries as often before it falls back to the centre
 _CROP_NUMBERS = 2 * CROP_ATTEMPTS + 2
+_SIMPLE_EDGE = 4  # pixels
 _LONGEST_SIDE = 16  # times the shortest; of a longer ribbon the ends are cut, or resizing it could take gigabytes
 
 Transform = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -48,8 +49,10 @@ class View:
     Attributes:
         name: under which the batch holds it.
         size: (H, W) in pixels.
-        crop: "random" is a RandomResizedCrop (Szegedy et al. 2014) with `scale` and `ratio`; "centre" resizes the
-            image until it covers size / `centre_fraction` and cuts the middle, as the field evaluates.
+        crop: "random" is a RandomResizedCrop (Szegedy et al. 2014) with `scale` and `ratio`; "simple" is DeiT III's
+            simple random crop: the image is resized until it covers the size, mirrored at its edges by 4 pixels, and
+            cut anywhere; "centre" resizes the image until it covers size / `centre_fraction` and cuts the middle, as
+            the field evaluates.
         scale: smallest and largest share of the image's area that a random crop covers.
         ratio: narrowest and widest aspect ratio (width / height) of a random crop.
         interpolation: "bicubic", "bilinear" or "lanczos", always antialiased; the last is Pillow's, and slower.
@@ -65,7 +68,7 @@ class View:
 
     name: str
     size: tuple[int, int]
-    crop: Literal["random", "centre"] = "random"
+    crop: Literal["random", "simple", "centre"] = "random"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
@@ -109,6 +112,7 @@ def configured_view(options: ViewOptions, mean: tuple[float, ...], std: tuple[fl
     return View(
         name="image",
         size=options.size,
+        crop="simple" if options.simple_crop else "random",
         scale=options.scale,
         ratio=options.ratio,
         interpolation=options.interpolation,
@@ -151,22 +155,24 @@ class Request:
             if view.window_of is None:
                 continue
             owner = by_name.get(view.window_of)
-            if owner is None or owner.window_of or "centre" in (owner.crop, view.crop) or view.count > owner.count:
+            if (
+                owner is None or owner.window_of or view.crop != owner.crop or view.crop == "centre"
+                or view.count > owner.count
+            ):  # fmt: skip
                 raise ValueError(
                     f"view {view.name!r} cannot share the windows of {view.window_of!r}: both must be random crops of "
-                    "one request, the owner must draw its own windows, and at least as many"
+                    "one kind and one request, the owner must draw its own windows, and at least as many"
                 )
 
 
 @dataclass(frozen=True)
 class Window:
-    """A box of the image in whole pixels, and whether what is cut from it is flipped."""
+    """A box of the image in whole pixels."""
 
     top: int
     left: int
     height: int
     width: int
-    flipped: bool = False
 
 
 def random_window(numbers: NDArray[np.float32], height: int, width: int, view: View) -> Window:
@@ -210,7 +216,7 @@ class ViewCutter:
         self._views = views
         self._keys = keys
         by_name = {view.name: view for view in views}
-        owners = {view.window_of or view.name for view in views if view.crop == "random"}
+        owners = {view.window_of or view.name for view in views if view.crop != "centre"}
         self._numbers = {
             (name, crop): uniform(by_name[name].crop_keys(keys, crop), "window", _CROP_NUMBERS + 1)
             for name in owners
@@ -233,8 +239,7 @@ class ViewCutter:
         pixels = torch.from_numpy(image).permute(2, 0, 1)
         for view in self._views:
             for crop in range(view.count):
-                window = None if view.crop == "centre" else self._window(row, crop, pixels, view)
-                seen = _centre(pixels, view) if window is None else _cut(pixels, window, view)
+                seen = _centre(pixels, view) if view.crop == "centre" else self._cut(row, crop, pixels, view)
                 if view.transform is not None:
                     stream = f"transform/{view.window_of or view.name}/{crop}"
                     seen = self._transformed(seen, view.transform, stream, row)
@@ -243,12 +248,14 @@ class ViewCutter:
                     seen = _channels_first(papers_colours(_channels_last(seen), draws, row, colour))
                 self.tensors[view.name][crop * len(self._keys) + row].copy_(seen)
 
-    def _window(self, row: int, crop: int, pixels: Tensor, view: View) -> Window:
+    def _cut(self, row: int, crop: int, pixels: Tensor, view: View) -> Tensor:
         owner = next(v for v in self._views if v.name == (view.window_of or view.name))
         numbers = self._numbers[owner.name, crop][row]
-        window = random_window(numbers[:-1], pixels.shape[1], pixels.shape[2], owner)
-        flipped = bool(numbers[-1] < owner.flip)
-        return Window(window.top, window.left, window.height, window.width, flipped)
+        if view.crop == "simple":
+            seen = _simple(pixels, numbers[:-1], view, round(_SIMPLE_EDGE * view.size[0] / owner.size[0]))
+        else:
+            seen = _cut(pixels, random_window(numbers[:-1], pixels.shape[1], pixels.shape[2], owner), view)
+        return seen.flip(-1) if numbers[-1] < owner.flip else seen
 
     def _transformed(self, pixels: Tensor, transform: Transform, stream: str, row: int) -> Tensor:
         with library_generators_seeded(int(subkeys(self._keys[row : row + 1], stream)[0])):
@@ -276,22 +283,32 @@ def _resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor
 
 def _cut(pixels: Tensor, window: Window, view: View) -> Tensor:
     box = pixels[:, window.top : window.top + window.height, window.left : window.left + window.width]
-    resized = _resize(box, view.size, view.interpolation)
-    return resized.flip(-1) if window.flipped else resized
+    return _resize(box, view.size, view.interpolation)
+
+
+def _simple(pixels: Tensor, numbers: NDArray[np.float32], view: View, edge: int) -> Tensor:
+    covering = _covering(pixels, view, 1.0)
+    wide = np.pad(covering.numpy(), ((0, 0), (edge, edge), (edge, edge)), mode="reflect")
+    places = [int(u * (side - size + 1)) for u, side, size in zip(numbers[-2:], wide.shape[1:], view.size, strict=True)]
+    return torch.from_numpy(wide[:, places[0] : places[0] + view.size[0], places[1] : places[1] + view.size[1]])
 
 
 def _centre(pixels: Tensor, view: View) -> Tensor:
-    # torchvision's Resize and CenterCrop, to the pixel, and the same rule for windows that are not square.
+    return _middle(_covering(pixels, view, view.centre_fraction), *view.size)
+
+
+def _covering(pixels: Tensor, view: View, fraction: float) -> Tensor:
+    """The image, resized until it covers the view's size / `fraction`."""
+    # torchvision's Resize, to the pixel, and the same rule for windows that are not square.
     longest = _LONGEST_SIDE * min(pixels.shape[1:])
     pixels = _middle(pixels, min(pixels.shape[1], longest), min(pixels.shape[2], longest))
     sides = pixels.shape[1:]
-    covers = [int(size / view.centre_fraction) for size in view.size]
+    covers = [int(size / fraction) for size in view.size]
     tight = 0 if covers[0] * sides[1] >= covers[1] * sides[0] else 1
     resized_size = [covers[tight] * side // sides[tight] for side in sides]
     resized_size[tight] = covers[tight]
     height, width = resized_size
-    resized = pixels if (height, width) == tuple(sides) else _resize(pixels, (height, width), view.interpolation)
-    return _middle(resized, *view.size)
+    return pixels if (height, width) == tuple(sides) else _resize(pixels, (height, width), view.interpolation)
 
 
 def _middle(pixels: Tensor, height: int, width: int) -> Tensor:

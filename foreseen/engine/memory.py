@@ -1,6 +1,8 @@
-"""What to change when memory runs out, by what a run was doing then."""
+"""How much memory a run took, and what to change when it runs out, by what the run was doing then."""
 
 import contextlib
+import resource
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,6 +15,18 @@ from foreseen.errors import BadInput
 
 # What torch, cuBLAS and the driver call it where they raise a plain RuntimeError.
 _WORDS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that this process has held so far, in gigabytes (1e9 bytes).
+
+    On a GPU that of its tensors; elsewhere all that the process had in memory, its libraries and pages of files among
+    it, but not the loader's workers. Nothing waits for the device.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 1e9
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 @contextlib.contextmanager

@@ -71,11 +71,15 @@ class ParameterRule:
         decay: whether weight decay applies.
         lr_scale: factor on the lr; layer decay makes it less than 1 towards the input, and 0 freezes for good.
         frozen_steps: for so many first steps the lr is zero; `requires_grad` must not be used for that.
+        drops_gradient: while it is frozen the optimizer does not see its gradient either, so that moments begin after.
+        clip_group: parameters of one name are clipped together where `optim.clip_per` is "module".
     """
 
     decay: bool = True
     lr_scale: float = 1.0
     frozen_steps: int = 0
+    drops_gradient: bool = False
+    clip_group: str = ""
 
 
 class Objective(nn.Module):
@@ -167,6 +171,18 @@ class Objective(nn.Module):
     def health(self) -> dict[str, Tensor]:
         """Scalars that tell whether the method is working, read when the loop logs."""
         return {}
+
+    def alarm(self, step: int, numbers: Mapping[str, float]) -> str | None:
+        """A sentence about numbers that show that training has gone wrong; None where they do not, or it was said.
+
+        Args:
+            step: updates made.
+            numbers: as logged, means since the last line and `health`; the same on every rank.
+
+        Raises:
+            BadInput: the run was to stop then.
+        """
+        return None
 
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Pictures for TensorBoard: name -> [N, 3, H, W] uint8."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from foreseen.config import Optim
 from foreseen.engine.objective import ParameterRule
-from foreseen.engine.schedule import scaled_lr, warmup_cosine
+from foreseen.engine.schedule import cosine, scaled_lr, warmup_cosine
 from foreseen.errors import BadInput
 
 _GROUP = "group"
@@ -48,6 +48,7 @@ class SteppedOptimizer:
         self.peak_lr = scaled_lr(optim.base_lr, optim.lr_scaling, global_size, optim.lr_reference_batch)
         self.parameters = trained
         self._rules: list[ParameterRule] = []
+        self._clip_group = {name: rule.clip_group for name, rule in rules.items()}
         self.optimizer = _build(self._groups(trained, rules), optim, self.peak_lr)
         self.skips_on_device = bool(self.optimizer.defaults.get("fused"))
         self.waits_for_device = not self.skips_on_device and any(p.device.type != "cpu" for p in trained.values())
@@ -64,6 +65,14 @@ class SteppedOptimizer:
             for rule, params in by_rule.items()
         ]
 
+    def clip_groups(self) -> dict[str, list[Tensor]]:
+        """The gradients at hand, by the group that a rule names."""
+        groups: dict[str, list[Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                groups.setdefault(self._clip_group[name], []).append(parameter.grad)
+        return groups
+
     def lr(self, step: int) -> float:
         """The lr of parameters without a scale of their own, in a step."""
         optim = self._optim
@@ -73,7 +82,14 @@ class SteppedOptimizer:
             end=optim.min_lr,
             warmup_steps=optim.warmup_steps or 0,
             total_steps=self._total_steps,
+            ends_at_peak=optim.warmup_ends_at_peak,
         )
+
+    def weight_decay(self, step: int) -> float:
+        """Weight decay in a step, of parameters that have any."""
+        optim = self._optim
+        end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
+        return cosine(step, start=optim.weight_decay, end=end, total_steps=self._total_steps)
 
     def drop_frozen(self) -> None:
         """Forget the gradients of what never moves: they are not clipped, judged or remembered."""
@@ -87,9 +103,14 @@ class SteppedOptimizer:
             step: from 0.
             finite: boolean scalar on the device, the same on every rank.
         """
-        lr = self.lr(step)
+        lr, weight_decay = self.lr(step), self.weight_decay(step)
         for group, rule in zip(self.optimizer.param_groups, self._rules, strict=True):
-            group["lr"] = lr * rule.lr_scale if step >= rule.frozen_steps else 0.0
+            frozen = step < rule.frozen_steps
+            group["lr"] = 0.0 if frozen else lr * rule.lr_scale
+            group["weight_decay"] = weight_decay if rule.decay else 0.0
+            if frozen and rule.drops_gradient:
+                for parameter in group["params"]:
+                    parameter.grad = None
         if self.skips_on_device:
             self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
             self.optimizer.step()

@@ -12,7 +12,7 @@ from foreseen.engine.bundle import stream_shift
 from foreseen.engine.compiled import uncompiled
 from foreseen.engine.evaluate import evaluate
 from foreseen.engine.log import RunLog, duration
-from foreseen.engine.memory import advise_on_probes, advise_on_scores, memory_advice
+from foreseen.engine.memory import advise_on_probes, advise_on_scores, memory_advice, peak_memory_gb
 from foreseen.engine.unreadable import TRAINING
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def log_numbers(trainer: "Trainer", step: int, log: RunLog) -> None:
         "unreadable_samples": unreadable,
         "images_per_s": samples / elapsed_s,
         "data_wait": waited_s / elapsed_s,
+        "peak_memory_gb": peak_memory_gb(trainer.accelerator.device),
     }
     left_s = (trainer.total_steps - step) * elapsed_s * trainer.layout.global_size / samples
     line = (
@@ -52,6 +53,8 @@ def log_numbers(trainer: "Trainer", step: int, log: RunLog) -> None:
         line += f"  skipped {skipped} non-finite steps"
     log.scalars(step, values, line=line)
     trainer.meter.reset()
+    if alarm := trainer.job.objective.alarm(step, means | health):
+        log.say(alarm)
 
 
 def _count_problems(trainer: "Trainer", log: RunLog) -> int:

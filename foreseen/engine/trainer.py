@@ -18,6 +18,7 @@ from foreseen.data.views import finish
 from foreseen.engine.batch_statistics import KeptStatistics
 from foreseen.engine.bundle import stream_shift
 from foreseen.engine.checkpoint import Checkpoints
+from foreseen.engine.clip import clip
 from foreseen.engine.job import Job
 from foreseen.engine.launch import autocast, image_dtype, place, wrap
 from foreseen.engine.ledger import Ledger
@@ -181,9 +182,9 @@ class Trainer:
         if self.loss_scale is not None:
             self.loss_scale.unscale(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
-        limit = self.job.config.optim.clip_grad
-        if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters.values(), limit, norm)
+        optim = self.job.config.optim
+        if optim.clip_grad is not None:
+            clip(self.optimizer.clip_groups(), optim.clip_grad, optim.clip_per, norm)
         return norm, torch.isfinite(norm)
 
     def finished(self, batch: Batch) -> Batch:

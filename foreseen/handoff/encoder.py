@@ -123,15 +123,20 @@ class Encoder:
 
 
 def create_encoder(
-    model: config.Model, *, img_size: tuple[int, int], num_classes: int = 0, pool: Pool | None = None
-) -> Encoder:  # fmt: skip
+    model: config.Model,
+    *,
+    img_size: tuple[int, int],
+    num_classes: int = 0,
+    pool: Pool | None = None,
+    any_size: bool = False,
+) -> Encoder:
     """Build the backbone that a config's `model` section asks for, with the weights of its `init_from`.
 
     Args:
         model: the section.
         img_size: (H, W) in pixels.
         num_classes: outputs of the head; 0 for none.
-        pool: see `create_backbone`.
+        pool, any_size: see `create_backbone`.
 
     Raises:
         BadInput: it cannot be built, or the weights do not fit.
@@ -146,6 +151,8 @@ def create_encoder(
         num_classes=num_classes,
         pool=pool,
         drop_path_rate=model.drop_path_rate,
+        drop_path_uniform=model.drop_path_uniform,
+        any_size=any_size,
         args=model.args,
     )
     marked: Any = backbone

@@ -47,6 +47,8 @@ def create_backbone(
     num_classes: int = 0,
     pool: Pool | None = None,
     drop_path_rate: float = 0.0,
+    drop_path_uniform: bool = False,
+    any_size: bool = False,
     args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build a timm model with fresh weights, on the CPU in float32, drawn from torch's global generator.
@@ -58,7 +60,9 @@ def create_backbone(
         pool: how a ViT pools. "mean" is the mean of the patch tokens, then `fc_norm`; "token" is `norm`, then the
             class token. None keeps the model's own pooling, after the final `norm`, as pretraining wants it.
         drop_path_rate: of the last block.
-        args: more keyword arguments of the model, such as `depth`.
+        drop_path_uniform: of all blocks; else it rises from 0 at the first.
+        any_size: let the model take images of other sizes too, where it can.
+        args: more keyword arguments of the model, such as `depth`; those that are None are left out, as timm does.
 
     Returns:
         The model. `architecture_of` tells how to build it again.
@@ -66,7 +70,7 @@ def create_backbone(
     Raises:
         BadInput: no such model, an argument that it does not take, or a size that its patches do not divide.
     """
-    args = dict(args or {})
+    args = {key: value for key, value in (args or {}).items() if value is not None}
     _check_name(name)
     _check_args(name, args)
     # What not every model takes is left out where it says so; what was asked for is not.
@@ -75,13 +79,15 @@ def create_backbone(
         soft["use_fc_norm"] = pool == "mean"  # others have their own rule for what is left to them
     hard: dict[str, Any] = {"num_classes": num_classes, **args}
     (hard if drop_path_rate > 0 else soft)["drop_path_rate"] = drop_path_rate
+    if any_size:
+        soft |= {"dynamic_img_size": True, "strict_img_size": False}
     if pool is not None:
         hard["global_pool"] = {"mean": "avg", "token": "token"}[pool]
     elif args.get("class_token") is False:
         hard["global_pool"] = "avg"  # the model's own would need the token
     model, taken = _build(name, hard, soft)
     _check_patches(model, img_size)
-    replace_drop_path(model)
+    replace_drop_path(model, drop_path_rate if drop_path_uniform else None)
     _switch_dropout_off(model)
     rebuilt = {key: value for key, value in taken.items() if key not in ("num_classes", "drop_path_rate")}
     marked: Any = model

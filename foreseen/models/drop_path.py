@@ -54,16 +54,22 @@ class KeyedDropPath(nn.Module):
 Drawn = Sequence[tuple[KeyedDropPath, Tensor | None]]
 
 
-def replace_drop_path(model: nn.Module) -> list[KeyedDropPath]:
+def replace_drop_path(model: nn.Module, uniform_rate: float | None = None) -> list[KeyedDropPath]:
     """Put a KeyedDropPath in the place of each timm DropPath; those with rate 0 become identities.
+
+    Args:
+        model: of timm.
+        uniform_rate: of all of them, those that timm left out since their rate was 0 among them; None keeps each one's.
 
     Returns:
         The modules put in, in the order in which `draw_drop_path` numbers them.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, DropPath):
-                rate = float(child.drop_prob or 0.0)
+            rate = float(child.drop_prob or 0.0) if isinstance(child, DropPath) else 0.0
+            left_out = uniform_rate is not None and name.startswith("drop_path") and isinstance(child, nn.Identity)
+            if isinstance(child, DropPath) or left_out:
+                rate = rate if uniform_rate is None else uniform_rate
                 setattr(parent, name, KeyedDropPath(rate) if rate > 0 else nn.Identity())
     return drop_path_modules(model)
 

@@ -80,6 +80,33 @@ def features_of(model: nn.Module, images: Tensor, wanted: Sequence[Feature]) -> 
     return found
 
 
+def feature_map(model: nn.Module, features: Tensor) -> Tensor:
+    """A model's features by place.
+
+    Args:
+        model: a timm model.
+        features: what its `forward_features` gives: tokens [B, P + L, D], or a map of either layout.
+
+    Returns:
+        [B, D, h, w] after the model's own norm; prefix tokens are no places.
+
+    Raises:
+        BadInput: they are neither tokens of a grid of patches nor a map.
+    """
+    described: Any = model
+    if features.ndim == 4:
+        if getattr(described, "output_fmt", "NCHW") == "NHWC":
+            return features.permute(0, 3, 1, 2)
+        norm = getattr(getattr(described, "head", None), "norm", None)  # ConvNeXt's, which is of maps
+        return features if norm is None else norm(features)
+    grid = getattr(getattr(described, "patch_embed", None), "grid_size", None)
+    prefix = getattr(described, "num_prefix_tokens", int(_has_class_token(model)))
+    if features.ndim != 3 or grid is None or features.shape[1] != prefix + grid[0] * grid[1]:
+        raise BadInput(f"{type(model).__name__} gives no features of places")
+    norm = getattr(described, "fc_norm", None) or nn.Identity()
+    return norm(features[:, prefix:]).transpose(1, 2).unflatten(2, tuple(grid))  # type: ignore[no-any-return]
+
+
 def _has_class_token(model: nn.Module) -> bool:
     return getattr(model, "cls_token", None) is not None
 

@@ -1,5 +1,7 @@
 """Position tables at another resolution."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,3 +40,40 @@ def resize_pos_embed(
     resized = F.interpolate(exact, size=new_grid, mode="bicubic", align_corners=False, antialias=False)
     patches = resized.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
     return torch.cat((prefix, patches), dim=1)
+
+
+PositionResize = Literal["offset", "exact", "antialias", "antialias_offset"]
+
+
+def resample_pos_embed(
+    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix_tokens: int, how: PositionResize
+) -> Tensor:  # fmt: skip
+    """Interpolate a table while training, for crops of several sizes; gradients reach it.
+
+    Args:
+        table: [1, num_prefix_tokens + h * w, D].
+        old_grid: its (h, w).
+        new_grid: the (h, w) wanted.
+        num_prefix_tokens: rows in front, kept as they are.
+        how: all are bicubic. "offset" scales by (new + 0.1) / old, as DINO, iBOT and the first DINOv2 do; "exact" by
+            new / old; "antialias" as well, with antialiasing, as timm and DINOv2 with registers do;
+            "antialias_offset" has both.
+
+    Returns:
+        [1, num_prefix_tokens + h * w, D] for the new grid, in the table's dtype.
+
+    Source: facebookresearch/dino at 7c446df, vision_transformer.py, interpolate_pos_encoding; facebookresearch/dinov2,
+    models/vision_transformer.py.
+    """
+    if old_grid == new_grid:
+        return table
+    prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
+    image = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    image = image.to(torch.promote_types(image.dtype, torch.float32))
+    antialias = how.startswith("antialias")
+    if how.endswith("offset"):
+        scale = ((new_grid[0] + 0.1) / old_grid[0], (new_grid[1] + 0.1) / old_grid[1])
+        resized = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
+    else:
+        resized = F.interpolate(image, size=new_grid, mode="bicubic", antialias=antialias)
+    return torch.cat((prefix, resized.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)), dim=1)

@@ -28,24 +28,31 @@ def _foreseen(*arguments: str) -> str:
 
 
 def _small(recipe: Recipe, verb: Verb, name: str, **more: object) -> tuple[list[str], int]:
-    """Two steps of a recipe with only its width, depth, image size and batch changed; and its size: 4 × 4 patches."""
+    """Two steps of a recipe with only its width, depth, heads, image sizes and batch changed; and its size.
+
+    That is 4 × 4 patches of a ViT, and 64 px of a ResNet.
+    """
     config = load_recipe(verb, name)
     model = config.model
     named = re.search(r"patch(\d+)", model.name or "")
-    assert named
-    size = 4 * int(model.args.get("patch_size", named[1]))
+    patch = int(model.args.get("patch_size", named[1])) if named else 16
+    args = "{embed_dim: 48, depth: 2, num_heads: 3}" if named else "{layers: [1, 1, 1, 1], channels: [4, 8, 8, 12]}"
+    size = 4 * patch
     overrides = recipe(
         run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,
-        views__size=size, model__args="{embed_dim: 48, depth: 2, num_heads: 3}", **more,
+        views__size=size, model__args=args, **more,
     )  # fmt: skip
-    return [*overrides, *(f"{key}={value}" for key, value in small_method(config).items())], size
+    small = small_method(config)
+    if "method.crops" in small:
+        small["method.crops"] = f"{{local_count: 2, local_size: {2 * patch}}}"
+    return [*overrides, *(f"{key}={value}" for key, value in small.items())], size
 
 
 @pytest.mark.parametrize("name", recipe_names("pretrain"))
 def test_every_pretraining_recipe_runs_and_ends_in_a_folder_that_timm_loads(
     name: str, recipe: Recipe, tmp_path: Path
 ) -> None:
-    small, size = _small(recipe, "pretrain", name)
+    small, size = _small(recipe, "pretrain", name, model__init_from="null")
     output = _foreseen("pretrain", name, *small)
     assert "step 2/2" in output
     model = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)

@@ -22,6 +22,7 @@ from foreseen.commands.verbs import load_recipe
 from foreseen.config import Config
 from foreseen.data.shards import ShardSet
 from foreseen.errors import BadInput
+from tests.tiny_teacher import CLASSES, save_teacher
 
 Recipe = Callable[..., list[str]]
 
@@ -195,6 +196,28 @@ def test_controls_run_end_to_end_and_finished_runs_are_not_made_again(
         CliRunner().invoke(
             cli.app, [*command, "optim.base_lr=3e-4", "--controls", "--seeds", "2"], catch_exceptions=False
         )
+
+
+def test_a_distilled_student_is_compared_with_itself_on_labels_alone(recipe: Recipe, tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher", class_names=CLASSES)
+    study = tmp_path / "study"
+    overrides = _small(recipe, run__dir=study, method__teacher=teacher)
+    report = _foreseen("finetune", "cpu_minutes_distill", *overrides, "--controls", "--seeds", "2")
+    assert "against labels alone, " in report
+    assert "one teacher" in report
+    record = json.loads((study / "controls.json").read_text(encoding="utf-8"))
+    assert record["arms"].keys() == {"distilled", "labels_alone", "labels_alone_3x"}
+    assert {path.name for path in study.iterdir() if path.is_dir()} >= {"distilled", "labels-alone-same"}
+    names = {
+        folder.name: json.loads((folder / "seed-0/encoder/lineage.json").read_text(encoding="utf-8"))["method"]
+        for folder in study.iterdir()
+        if folder.is_dir()
+    }
+    assert {method for name, method in names.items() if name != "distilled"} == {"supervised"}
+    assert names["distilled"] == "distill"
+    student = json.loads((study / "distilled/seed-0/encoder/config.json").read_text(encoding="utf-8"))
+    assert student["label_names"] == list(CLASSES)  # it can be a teacher itself
+    assert "Did distillation help?" in (teacher / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_study_of_another_encoder_in_the_same_folder_is_refused(recipe: Recipe, tmp_path: Path) -> None:

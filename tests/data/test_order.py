@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from foreseen.data.order import BlockOrder, Order
+from foreseen.data.order import BlockOrder, Order, RepeatedOrder
 
 SIZES = [1, 2, 3, 5, 16, 37, 255, 4095, 4096, 4097, 5000, 8192, 8193, 100_003, 1 << 17]
 
@@ -112,3 +112,24 @@ def test_the_full_order_is_what_it_was() -> None:
     # Checkpoints name version 1: these are its samples, in a small and in a large set.
     assert Order(3, 77).samples(np.arange(5)).tolist() == [68, 38, 57, 35, 23]
     assert Order(3, 100_003).samples(np.arange(299_995, 300_000)).tolist() == [84953, 36356, 93360, 256, 76015]
+
+
+@pytest.mark.parametrize(("size", "repeats"), [(12, 3), (16, 3), (8, 2), (9, 1)])
+def test_a_sample_stands_several_times_in_a_global_batch_and_not_beside_itself(size: int, repeats: int) -> None:
+    order = RepeatedOrder(Order(4, 5000), repeats, size)
+    plain = iter(Order(4, 5000).samples(np.arange(10_000)).tolist())
+    for step in range(400):
+        batch = order.samples(np.arange(step * size, (step + 1) * size))
+        values, counts = np.unique(batch, return_counts=True)
+        assert len(values) == -(-size // repeats)
+        assert counts.max() == repeats
+        assert counts.sum() == size
+        assert (batch[0::2][: size // 2] != batch[1::2]).all()  # mixed with each other
+        assert sorted(values.tolist()) == sorted(next(plain) for _ in values)  # nothing is left out over the epochs
+
+
+def test_repeated_positions_read_the_same_however_they_are_asked_for() -> None:
+    order = RepeatedOrder(BlockOrder(1, [40, 30, 50], 2), 3, 16)
+    whole = order.samples(np.arange(320))
+    assert whole.tolist() == [int(order.samples(np.array([p]))[0]) for p in range(320)]
+    assert order.name != BlockOrder(1, [40, 30, 50], 2).name

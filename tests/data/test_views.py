@@ -233,3 +233,34 @@ def test_windows_that_cannot_be_shared_are_refused(bad: tuple[View, ...]) -> Non
 def test_views_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="share a name"):
         Request(views=(View("a", (8, 8)), View("a", (4, 4))))
+
+
+def test_a_simple_random_crop_is_torchvisions_in_distribution() -> None:
+    image = picture(60, 90)
+    wanted = View("image", (24, 24), crop="simple", flip=0.0)
+    crops = cut(wanted, image=image, keys=sample_keys(0, np.arange(400)))["image"]
+    resized = v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), [24], antialias=True, interpolation=3)
+    wide = F.pad(resized.float(), (4, 4, 4, 4), mode="reflect").round()
+    possible = wide.unfold(1, 24, 1).unfold(2, 24, 1).permute(1, 2, 0, 3, 4)
+    assert possible.shape[:2] == (9, 21)
+    found = np.zeros((9, 21))
+    for crop in crops.float():
+        distance = (possible - crop).abs().amax(dim=(2, 3, 4))
+        assert distance.min() <= 2  # rounding
+        found[np.unravel_index(int(distance.argmin()), found.shape)] += 1
+    assert (found.sum(1) > 20).all()
+    assert (found.sum(0) > 4).all()
+
+
+def test_simple_crops_of_two_sizes_show_the_same_part() -> None:
+    image = picture(60, 90)
+    views_ = View("image", (24, 24), crop="simple"), View("large", (48, 48), crop="simple", window_of="image")
+    both = cut(*views_, image=image, keys=sample_keys(0, np.arange(20)))
+    small = F.avg_pool2d(both["large"].float(), 2)
+    assert (small - both["image"].float()).abs().mean() < 6  # a pixel of the small one is 10 levels wide
+    with pytest.raises(ValueError, match="of one kind"):
+        Request(views=(views_[0], View("large", (48, 48), window_of="image")))
+
+
+def test_simple_crops_of_small_pictures_are_cut_too() -> None:
+    assert cut(View("image", (24, 24), crop="simple"), image=picture(1, 3))["image"].shape == (8, 3, 24, 24)

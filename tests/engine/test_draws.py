@@ -22,8 +22,22 @@ DRAWN_ON_THE_DEVICE = {
     "mae": {"mask", "drop_path"},
     "beit": {"drop_path"},
     "supervised": {"drop_path"},
+    "dino": {"drop_path"},
+    "ibot": {"drop_path"},
+    "dinov2": {"drop_path"},
+    "distill": {"drop_path", "erase"},
+    "feature_distill": {"drop_path"},
 }
-DRAWN_BY_WORKERS = {"vqkd": set[str](), "mae": set[str](), "beit": {"mask"}, "supervised": {"mix", "erase"}}
+DRAWN_BY_WORKERS = {
+    "vqkd": set[str](),
+    "mae": set[str](),
+    "beit": {"mask"},
+    "supervised": {"mix", "erase"},
+    "distill": {"mix", "erase", "teacher"},
+    "feature_distill": {"teacher"},
+    "ibot": {"mask"},
+    "dinov2": {"mask"},
+}
 
 
 @pytest.mark.parametrize(("verb", "method"), METHODS)
@@ -59,7 +73,11 @@ def test_all_that_is_drawn_is_the_same_however_a_batch_is_cut(
                     progress = Progress(step, STEPS, 1.0, 0, layout.ranks, layout.accumulation)
                     (prepared,) = job.objective.prepare([batch], progress)
                     job.objective(batch, prepared, progress)
-                    yield {"sample": batch.sample, "key": batch.key, **batch.images, **batch.draws, **drawn}
+                    found = {"sample": batch.sample, "key": batch.key, **batch.images, **batch.draws, **drawn}
+                    # Several crops of a sample stand apart, all first ones before all second ones.
+                    yield {
+                        name: values.unflatten(0, (-1, len(batch))).transpose(0, 1) for name, values in found.items()
+                    }
 
     def run(ranks: int, accumulation: int) -> dict[str, Tensor]:
         layout = BatchLayout(GLOBAL_SIZE, GLOBAL_SIZE // (ranks * accumulation), ranks)

@@ -147,3 +147,16 @@ def test_with_batch_norm_a_smaller_micro_batch_is_not_said_to_change_nothing() -
     objective.norm = nn.BatchNorm2d(3)
     advice = advise_on_steps(configure(Path("run")), BatchLayout(16, 8), objective)
     assert advice.endswith("through accumulation, though BatchNorm's statistics are of fewer images then")
+
+
+def test_the_peak_of_memory_rises_with_what_is_held() -> None:
+    import torch
+
+    from foreseen.engine.memory import peak_memory_gb
+
+    before = peak_memory_gb(torch.device("cpu"))
+    held = torch.ones(75_000_000)  # 0.3 GB
+    after = peak_memory_gb(torch.device("cpu"))
+    assert held.sum() > 0
+    assert 0.05 < before < after
+    assert after < before + 1.0

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foreseen.commands.verbs import Verb, command_of
 from foreseen.data.shards import ShardSet
 from foreseen.engine.trainer import Trainer
-from tests.engine.topologies import GLOBAL_SIZE, Topology, config_of, methods
+from tests.engine.topologies import GLOBAL_SIZE, Topology, config_of, made_ready, methods
 
 _READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 
@@ -38,7 +38,8 @@ def test_a_step_reads_nothing_from_the_device(
     # On a CPU torch's own looks at the labels; on a GPU it does not.
     monkeypatch.setattr(F, "one_hot", lambda labels, classes: (labels[:, None] == torch.arange(classes)).long())
     config = config_of(verb, method, small_shards, tmp_path, Topology(1, 2, precision=precision))
-    job = command_of(verb).make_job(config.with_length(37), ShardSet.open(small_shards, "train"))
+    shards = ShardSet.open(small_shards, "train")
+    job = command_of(verb).make_job(made_ready(verb, config.with_length(37), shards), shards)
     trainer = Trainer(job, Accelerator(cpu=True))
     assert None not in (trainer.ledger, trainer.recorder, trainer.average)
     assert trainer.layout.micro_size == GLOBAL_SIZE // 2

@@ -45,7 +45,7 @@ def runs(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _folder(runs: Path, method: str, topology: Topology, suffix: str = "") -> Path:
     folder = runs / f"{method}-{topology.name}{suffix}"
     if not folder.is_dir() and GLOBAL_SIZE // (topology.ranks * topology.accumulation) == 1:
-        pytest.skip("mixup pairs two pictures, so a micro-batch of one is refused")
+        pytest.skip("the method relates two pictures, so a micro-batch of one is refused")
     return folder
 
 

@@ -120,7 +120,7 @@ def _weights(folder: Path, step: int) -> bytes:
 def _lines(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for line in lines:
-        for timed in ("time", "images_per_s", "data_wait", "validation/seconds"):
+        for timed in ("time", "images_per_s", "data_wait", "validation/seconds", "peak_memory_gb"):
             line.pop(timed, None)
     return lines
 

@@ -31,6 +31,7 @@ RESUMED_FROM = 10
 
 # A method whose runs may depend on how a batch is cut, and why; docs/guarantees.md says so, too.
 EXEMPT: dict[str, str] = {}
+PAIRS = {"supervised", "dinov2"}  # methods that relate images two by two here: mixup, and KoLeo in groups of two
 
 _SMALL = [
     "data.workers=0", "views.size=32", f"batch.global_size={GLOBAL_SIZE}", f"run.steps={STEPS}", "run.epochs=null",
@@ -44,7 +45,7 @@ _HARDER = {
     "finetune": [
         "model.drop_path_rate=0.2", "model.init_from=null", "method.mixup=0.8", "method.cutmix=1.0",
         "views.rand_augment=rand-m9-mstd0.5-inc1", "views.erase=0.25", "data.shots=null", "data.test_split=none",
-        "data.validation_fraction=0.2",
+        "data.validation_fraction=0.2", "data.repeats=3",
     ],
 }  # fmt: skip
 _HARDER_METHOD = {
@@ -131,8 +132,8 @@ def main(out: Path, shards: Path) -> None:
     for verb, method in methods():
         for accumulation in ACCUMULATIONS:
             config = config_of(verb, method, shards, Path("none"), Topology(ranks, accumulation))
-            if config.batch.micro_size == 1 and verb == "finetune":
-                continue  # mixup pairs two pictures
+            if config.batch.micro_size == 1 and method in PAIRS:
+                continue
             for precision in ("fp64", "fp32") if accumulation == 2 else ("fp64",):
                 topology = Topology(ranks, accumulation, precision=precision)
                 run(verb, config_of(verb, method, shards, out / f"{method}-{topology.name}", topology))

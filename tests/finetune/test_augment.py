@@ -7,7 +7,7 @@ import torch
 from foreseen.data.views import Request, View, ViewCutter
 from foreseen.device_keys import as_tensor
 from foreseen.errors import BadInput
-from foreseen.finetune.augment import EraseBox, RandAugment, erase
+from foreseen.finetune.augment import EraseBox, RandAugment, ThreeAugment, erase
 from foreseen.keys import sample_keys
 
 
@@ -49,6 +49,16 @@ def test_rand_augment_has_timms_settings():
     assert operation.kwargs["fillcolor"] == (128, 128, 128)
 
 
+def test_a_picture_that_keeps_no_bit_is_black():
+    augment = pickle.loads(pickle.dumps(rand_augment("rand-m10-inc1")))
+    operations = [each for each in augment._transform.ops if each.name == "PosterizeIncreasing"]
+    for operation in operations:
+        operation.prob = 1.0
+    augment._transform.ops, augment._transform.num_layers = operations, 1
+    assert len(operations) == 1
+    assert not augment(np.full((8, 8, 3), 255, dtype=np.uint8)).any()
+
+
 @pytest.mark.parametrize(
     "notation", ["randaug", "rand-x3", "rand-m9-tnowhere", "rand-m9-std0.5", "rand-m", "rand-inc1.5"]
 )
@@ -83,3 +93,37 @@ def test_erasing_fills_the_box_with_normal_noise_of_the_sample():
     assert noise.std().item() == pytest.approx(1, abs=0.05)
     assert noise.isfinite().all()
     assert torch.equal(erase(images[10:12], box[10:12], key[10:12]), out[10:12])
+
+
+def test_three_augment_applies_one_of_grey_solarise_and_blur_to_every_crop():
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    request = Request(views=(View("image", (40, 40), scale=(1, 1), ratio=(1, 1), flip=0.0, transform=ThreeAugment(0)),))
+    cutter = ViewCutter(request.views, keys(300))
+    kinds = {"grey": 0, "solarised": 0, "blurred": 0}
+    for row in range(300):
+        cutter.cut(row, picture)
+    for crop in cutter.tensors["image"].permute(0, 2, 3, 1).numpy():
+        if (crop == crop[..., :1]).all():
+            kinds["grey"] += 1
+        elif np.array_equal(crop, np.where(picture < 128, picture, 255 - picture)):
+            kinds["solarised"] += 1
+        else:
+            assert crop.std() < picture.std()
+            kinds["blurred"] += 1
+    assert min(kinds.values()) > 70
+
+
+def test_three_augment_depends_on_the_sample_and_on_nothing_else():
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    request = Request(views=(View("image", (32, 32), transform=pickle.loads(pickle.dumps(ThreeAugment(0.3)))),))
+
+    def cut(all_keys):
+        cutter = ViewCutter(request.views, all_keys)
+        for row in range(len(all_keys)):
+            cutter.cut(row, picture)
+        return cutter.tensors["image"]
+
+    whole = cut(keys(6))
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert torch.equal(cut(keys(2, start=3)), whole[3:5])

@@ -18,6 +18,7 @@ from foreseen.models.backbone import create_backbone
 from foreseen.models.initialise import initialise
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
+from tests.tiny_teacher import tiny_teacher
 
 OPTIONS = method_options("finetune")
 TINY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -132,6 +133,19 @@ def test_without_mixing_the_loss_is_torchs_cross_entropy(smoothing):
     assert out["top1"] == (logits.argmax(1) == batch.label).float().mean()
 
 
+def test_bce_asks_of_each_class_by_itself_whether_it_is_there():
+    objective = build(method={"loss": "bce", "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 1.0})
+    batch = batch_of(objective)
+    loss = objective(batch, None, PROGRESS)["loss"]
+    logits = objective.model(objective.augment(batch))
+    there = torch.nn.functional.one_hot(batch.label, 5).float()
+    partner = there.view(4, 2, 5).flip(1).view(8, 5)
+    mixed = (batch.draws["mix"][:, :1] < 1).float()
+    targets = (there + partner * mixed).clamp(max=1)
+    expected = torch.nn.functional.binary_cross_entropy(logits.sigmoid(), targets)
+    torch.testing.assert_close(loss, expected)
+
+
 def test_the_loss_falls_on_one_batch():
     config = recipe(optim={"base_lr": 5e-3, "lr_scaling": "none", "warmup_steps": 0})
     objective = build(method={**PLAIN, "label_smoothing": 0.0}).train()
@@ -236,6 +250,10 @@ def test_other_backbones_are_tuned_too():
 @pytest.mark.parametrize("name", sorted(path.stem for path in (RECIPES / "finetune").glob("*.yaml")))
 def test_every_recipe_parses_and_is_built(name):
     config = load("finetune", name, ["model.init_from=null"], OPTIONS)
+    if hasattr(config.method, "teacher"):
+        config = config.model_copy(
+            update={"method": config.method.model_copy(update={"teacher": str(tiny_teacher(37))})}
+        )
     with torch.device("meta"):
         objective = METHODS[config.method.name].build(config, 37)
     assert objective.num_classes == 37

@@ -75,6 +75,18 @@ def test_what_was_saved_is_read_back(tmp_path):
     assert "CC-BY-SA-4.0" in (tmp_path / "encoder" / "README.md").read_text()
 
 
+def test_the_names_of_its_classes_are_kept_where_they_are_known(tmp_path):
+    names = [f"breed {number}" for number in range(5)]
+    folder = tmp_path / "encoder"
+    save_encoder(vit(num_classes=5), folder, preprocessing=PREPROCESSING, lineage=LINEAGE, class_names=names)
+    assert load_encoder(folder).class_names == tuple(names)
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg["label_names"] == names
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"label_names": names[:3]}))
+    with pytest.raises(BadInput, match="label_names is no list of as many names"):
+        load_encoder(folder)
+
+
 def test_a_config_without_a_name_takes_the_folders_model(tmp_path):
     model = vit()
     begun = create_encoder(

@@ -251,6 +251,17 @@ def test_every_trained_weight_takes_part(build: Build, name: str, args: str, agg
     assert all(name_.startswith("tokenizer.") for name_, p in objective.named_parameters() if not p.requires_grad)
 
 
+def test_behind_the_last_attention_only_what_is_asked_for_is_computed(build: Build) -> None:
+    objective = build("method.mask={num_masked: 5}", "method.aggregate={from_block: 1, depth: 2}")
+    assert objective.aggregation is not None
+    blocks, seen = [*objective.vit.blocks, *objective.aggregation.blocks], list[int]()
+    for block in blocks:
+        block.mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    batch = _batch(objective)
+    objective(batch, objective.prepare([batch], PROGRESS)[0], PROGRESS)
+    assert seen == [17, 1 + 5, 17, 5]  # of the encoder's last block aggregation takes the class token, too
+
+
 def test_the_whole_recipe_gives_the_same_however_the_batch_is_cut(build: Build) -> None:
     def make() -> BEiT:
         return build(
@@ -481,6 +492,7 @@ def test_the_tokenizer_is_named_and_is_in_no_state(build: Build) -> None:
         ({"overrides": ["method.mask.num_masked=16"]}, r"method.mask.num_masked 16 hides 16 of 4×4 patches"),
         ({"overrides": ["method.mask.ratio=0.01"]}, r"method.mask.ratio 0.01 hides 0 of 4×4 patches"),
         ({"overrides": ["views.size=[8,64]"]}, r"1×8 patches has no block .* method.mask.exact=true"),
+        ({"overrides": ["views.size=[16,800]"]}, r"2×100 patches has no block of method.mask.min_block 16 or more"),
         ({"overrides": ["method.aggregate={from_block: 2}"]}, r"from_block 2 is not before the last .* \[1, 1\]"),
         ({"name": "eva02_tiny_patch14_224", "args": "{}", "overrides": ["views.size=28"]}, "is an EVA"),
         ({"name": "resnet18", "args": "{}"}, "resnet18 is neither a BEiT nor a plain ViT"),

@@ -37,7 +37,7 @@ def parameter_rules(
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     spared = _spared(model, decay_relative_positions)
-    scales = {} if layer_decay is None else _scales(model, layer_decay)
+    scales = lr_scales(model, layer_decay)
     return {
         name: ParameterRule(decay=parameter.ndim > 1 and name not in spared, lr_scale=scales.get(name, 1.0))
         for name, parameter in named.items()
@@ -52,7 +52,10 @@ def _spared(model: nn.Module, decay_relative_positions: bool) -> set[str]:
     return set(described.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
 
 
-def _scales(model: nn.Module, layer_decay: float) -> Mapping[str, float]:
+def lr_scales(model: nn.Module, layer_decay: float | None) -> Mapping[str, float]:
+    """The factor on the lr of each parameter of a timm model that has one other than 1, by its name."""
+    if layer_decay is None:
+        return {}
     if isinstance(model, VisionTransformer | Beit):
         last = len(model.blocks) + 1
         return {name: layer_decay ** (last - _vit_layer(name, last)) for name, _ in model.named_parameters()}

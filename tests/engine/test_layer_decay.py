@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from foreseen.finetune.layer_decay import parameter_rules
+from foreseen.engine.layer_decay import parameter_rules
 from foreseen.models.backbone import create_backbone
 from tests.golden_cases import load_case
 

@@ -1,0 +1,103 @@
+"""Whether a self-distilled run has collapsed: every picture the same, in one of three ways.
+
+* uniform: every target is the uniform distribution, the loss sits at ln K and student and teacher agree on nothing;
+* one-hot: every target is the same prototype, and the loss falls to 0;
+* rank: the features of all pictures lie on a line or a point, whatever the targets are.
+
+A rule looks at logged numbers alone, so it costs nothing and can be tried on any metrics.jsonl.
+"""
+
+import math
+from collections.abc import Mapping
+
+from foreseen.errors import BadInput
+
+_LASTING_STEPS = 100
+# Shares of ln K that the targets' entropy has. Healthy runs of the small recipes stay between 0.3 and 0.9; provoked
+# collapses come to 1.000 and to 1e-6.
+_UNIFORM, _CERTAIN = 0.98, 0.05
+_ONE_PROTOTYPE = 1.5  # effective number used; of healthy runs a single step may have as few
+_LOWEST_RANK = 2.0  # effective number of directions in which features differ; healthy: 4 and more
+_SMALLEST_SPREAD = 5e-4  # share of the features' mean square that differs between pictures; healthy: 2e-3 and more
+
+_REMEDIES = {
+    "uniform": (
+        "every target is nearly uniform: pictures are told apart by nothing",
+        "lower method.teacher_temp (0.04 is safe) or method.warmup_teacher_temp, lower optim.base_lr, or take fewer "
+        "prototypes",
+    ),
+    "one-hot": (
+        "nearly all pictures get the same prototype",
+        "raise method.teacher_temp, lower method.center_momentum (0.9), or set method.centering=sinkhorn",
+    ),
+    "rank": (
+        "the teacher's features of all pictures are nearly the same",
+        "lower optim.base_lr and lengthen optim.warmup_steps, lower weight decay, or raise batch.global_size",
+    ),
+}
+
+
+class CollapseAlarm:
+    """Says once, in one sentence, that a run has collapsed, and how to avoid it.
+
+    A sign must last for 100 steps, and none counts before `grace_steps`: at the start targets are near uniform.
+
+    Args:
+        prototypes: K.
+        grace_steps: not judged; the warm-up of the lr, and 100 at least.
+        stop: whether to stop the run then.
+    """
+
+    def __init__(self, prototypes: int, *, grace_steps: int, stop: bool) -> None:
+        self._prototypes = prototypes
+        self._grace_steps = max(100, grace_steps)
+        self._stop = stop
+        self._since: dict[str, int] = {}
+        self._said: set[str] = set()
+        self._last = 0
+
+    def look(self, step: int, numbers: Mapping[str, float]) -> str | None:
+        """Judge the numbers of a line.
+
+        Args:
+            step: updates made.
+            numbers: `teacher_entropy`, `health/prototypes_used`, `health/feature_rank`, `health/feature_spread`.
+
+        Returns:
+            The sentence, once for each row of lines that show it.
+
+        Raises:
+            BadInput: the same sentence, where the run is to stop.
+        """
+        before, self._last = self._last, step
+        signs = self._signs(numbers) if step > self._grace_steps else set()
+        self._said &= signs
+        self._since = {sign: self._since.get(sign, max(before, self._grace_steps)) for sign in signs}
+        for sign in sorted(signs - self._said):
+            if step - self._since[sign] >= _LASTING_STEPS:
+                self._said.add(sign)
+                sentence = self._sentence(step, sign, numbers)
+                if self._stop:
+                    raise BadInput(sentence)
+                return sentence
+        return None
+
+    def _signs(self, numbers: Mapping[str, float]) -> set[str]:
+        signs = set()
+        entropy = numbers["teacher_entropy"] / math.log(self._prototypes)
+        if entropy > _UNIFORM:
+            signs.add("uniform")
+        if entropy < _CERTAIN and numbers["health/prototypes_used"] < _ONE_PROTOTYPE:
+            signs.add("one-hot")
+        if numbers["health/feature_rank"] < _LOWEST_RANK or numbers["health/feature_spread"] < _SMALLEST_SPREAD:
+            signs.add("rank")
+        return signs
+
+    def _sentence(self, step: int, sign: str, numbers: Mapping[str, float]) -> str:
+        what, remedy = _REMEDIES[sign]
+        return (
+            f"step {step}: COLLAPSE ({sign}): {what} (teacher entropy {numbers['teacher_entropy']:.3g} of "
+            f"ln K = {math.log(self._prototypes):.3g}, {numbers['health/prototypes_used']:.3g} prototypes used, "
+            f"feature rank {numbers['health/feature_rank']:.3g}, spread {numbers['health/feature_spread']:.2g}). "
+            f"Start anew in another run.dir: {remedy}"
+        )

@@ -1,0 +1,321 @@
+"""What iBOT and DINOv2 share: the student sees large crops with holes and predicts the teacher's patch tokens there.
+
+Letters: B images, T large crops of each, N = T * B, L patches, M the most that a crop hides, D features, d of the
+bottleneck, K prototypes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from foreseen.data.batch import Batch
+from foreseen.data.views import Draw, Request, View, denormalise
+from foreseen.engine.objective import Progress
+from foreseen.errors import BadInput
+from foreseen.models.backbone import patch_size
+from foreseen.models.masked_vit import take
+from foreseen.pretrain import small_machines
+from foreseen.pretrain.crops import by_crop, crop_keys
+from foreseen.pretrain.distillation_losses import (
+    entropy,
+    masked_places,
+    row_cross_entropy,
+    rows_at_once,
+    summed_in_chunks,
+)
+from foreseen.pretrain.distilled_network import Network, Parts, is_plain_vit
+from foreseen.pretrain.self_distillation import ClassTargets, SelfDistillation
+from foreseen.pretrain.self_distillation_options import Plan, SelfDistillationOptions
+from foreseen.pretrain.small_machines import Size
+from foreseen.pretrain.target_balance import Centre, scaled_logits, sinkhorn_shift
+
+_PICTURES = 8
+
+
+class MaskedDistillationOptions(SelfDistillationOptions):
+    """Options that iBOT and DINOv2 share."""
+
+    patch_out_dim: int | None = Field(None, ge=2)
+    """Prototypes of patch tokens, where they have a last layer of their own; null takes as many as `out_dim`."""
+    teacher_patch_temp: float | None = Field(None, gt=0)
+    """Temperature of the teacher's softmax for patch tokens; null takes `teacher_temp`."""
+    warmup_teacher_patch_temp: float | None = Field(None, gt=0)
+    """Temperature that its warm-up begins with; null takes `warmup_teacher_temp`."""
+    patch_center_momentum: float = Field(0.9, ge=0, le=1)
+    """What the running mean of patch logits keeps of itself at each step."""
+    class_weight: float = Field(1.0, ge=0)
+    """Of the class tokens' loss."""
+    patch_weight: float = Field(1.0, ge=0)
+    """Of the patch tokens' loss."""
+
+
+class Masks(Protocol):
+    """The function of a `Draw` that masks the large crops of an image."""
+
+    @property
+    def most(self) -> int:
+        """The most patches that a crop hides, M."""
+
+    def __call__(self, generator: np.random.Generator, position: int) -> NDArray[np.bool_]:
+        """[T, L]."""
+
+
+class PatchTargets(NamedTuple):
+    """What the teacher says of the hidden patches of one micro-batch.
+
+    Attributes:
+        bottleneck: at the places that are compared, [N * M, d].
+        weights: of these rows, [N * M, 1]; they add up to the number of crops that have a mask.
+        places: numbers of the patches, [N, M].
+        prototypes: [K, d].
+        shift: that balances the logits, [K].
+        temperature: of the softmax.
+    """
+
+    bottleneck: Tensor
+    weights: Tensor
+    places: Tensor
+    prototypes: Tensor
+    shift: Tensor
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher says of one micro-batch.
+
+    Attributes:
+        classes: of class tokens.
+        patches: of hidden patches.
+        mask: True where the student's large crops are hidden, crop-major, [N, L].
+    """
+
+    classes: ClassTargets
+    patches: PatchTargets
+    mask: Tensor
+
+
+class MaskedDistillation(SelfDistillation):
+    """Self-distillation of class tokens and of hidden patches.
+
+    Args:
+        student: over a plain ViT, with a mask token.
+        options: of the method.
+        large: view of the crops that both networks see.
+        small: views of the crops that the student alone sees.
+        plan: the options' numbers in this run.
+        masks: how crops are hidden.
+        patch_prototypes: K of patch tokens.
+    """
+
+    centres_all_patches = True  # or those that are hidden
+
+    def __init__(
+        self,
+        student: Network,
+        options: MaskedDistillationOptions,
+        large: View,
+        small: tuple[View, ...],
+        plan: Plan,
+        masks: Masks,
+        patch_prototypes: int,
+    ) -> None:
+        super().__init__(student, options, large, small, plan)
+        self.patch_options = options
+        self._most = masks.most
+        if self._most < 1:
+            raise BadInput("the masks hide no patch of any crop; raise method.mask_ratio or views.size")
+        self._draw = Draw("mask", masks)
+        self.patch_centre = None
+        if options.centering == "centre":
+            self.patch_centre = Centre(patch_prototypes, options.patch_center_momentum)
+
+    @property
+    def request(self) -> Request:
+        """Large and small crops of each image, and masks of the large ones."""
+        return replace(super().request, draws=(self._draw,))
+
+    def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> Sequence[Targets]:
+        """The teacher's bottlenecks, at class tokens and hidden patches, and what balances either."""
+        self._check_batches(micro_batches)
+        encoded = [self._teach(batch) for batch in micro_batches]
+        self._look(encoded)
+        masks = [batch.draws["mask"].transpose(0, 1).flatten(0, 1) for batch in micro_batches]
+        classes = self.class_targets([self.teacher.head(pooled) for pooled, _ in encoded], progress)
+        patches = self.patch_targets([_patches(tokens) for _, tokens in encoded], masks, progress)
+        return [Targets(*each) for each in zip(classes, patches, masks, strict=True)]
+
+    def patch_targets(
+        self, tokens: Sequence[Tensor], masks: Sequence[Tensor], progress: Progress
+    ) -> list[PatchTargets]:
+        """Targets at the hidden patches of each micro-batch.
+
+        Args:
+            tokens: the teacher's, of all patches, [N, L, D].
+            masks: [N, L].
+            progress: gives the temperature.
+        """
+        temperature = self.teacher_patch_temperature(progress)
+        prototypes = self.teacher.patch_prototypes()
+        chosen = [masked_places(mask, self._most, prototypes.dtype) for mask in masks]
+        weights = [weight.flatten() for _, weight in chosen]
+        if self.patch_centre is not None and self.centres_all_patches:
+            everywhere = [self.teacher.patch_bottleneck(each) for each in tokens]
+            rows = [take(each, places).flatten(0, 1) for each, (places, _) in zip(everywhere, chosen, strict=True)]
+            self.patch_centre.observe([each.flatten(0, 1) for each in everywhere], prototypes)
+        else:
+            there = [take(each, places) for each, (places, _) in zip(tokens, chosen, strict=True)]
+            rows = [self.teacher.patch_bottleneck(each).flatten(0, 1) for each in there]
+        hidden = [(weight > 0).to(each.dtype) for weight, each in zip(weights, rows, strict=True)]
+        if self.patch_centre is None:
+            at_once = rows_at_once(self.options.logits_chunk, len(prototypes))
+            shift = sinkhorn_shift(rows, prototypes, temperature, weights=hidden, at_once=at_once)
+        else:
+            if not self.centres_all_patches:
+                self.patch_centre.observe(rows, prototypes, hidden)
+            shift = self.patch_centre.shift(temperature)
+        return [
+            PatchTargets(row, weight[:, None], places, prototypes, shift, temperature)
+            for row, weight, (places, _) in zip(rows, weights, chosen, strict=True)
+        ]
+
+    def teacher_patch_temperature(self, progress: Progress) -> float:
+        """That of a step, for patch tokens."""
+        options = self.patch_options
+        start, end = options.warmup_teacher_patch_temp, options.teacher_patch_temp
+        return self._warmed_up(
+            options.warmup_teacher_temp if start is None else start,
+            options.teacher_temp if end is None else end,
+            progress,
+        )
+
+    def forward(self, batch: Batch, prepared: Targets, progress: Progress) -> dict[str, Tensor]:
+        """The cross-entropy over pairs of crops and over hidden patches, and what a method adds."""
+        large, *small = self.views
+        pooled, tokens = self.student.encode(batch.images[large.name], crop_keys(batch, large), prepared.mask)
+        others = [self.student.encode(batch.images[view.name], crop_keys(batch, view))[0] for view in small]
+        classes = self.class_terms(self.student.head(torch.cat([pooled, *others])), prepared.classes)
+        hidden = take(_patches(tokens), prepared.patches.places)
+        patches = self.patch_terms(self.student.patch_bottleneck(hidden).flatten(0, 1), prepared.patches)
+        more = self.added_terms(pooled)
+        options = self.patch_options
+        loss = options.class_weight * classes["loss"] + options.patch_weight * patches["patch_loss"]
+        for weight, term in more.values():
+            loss = loss + weight * term
+        terms = {"class_loss": classes["loss"], "teacher_entropy": classes["teacher_entropy"], "kl": classes["kl"]}
+        return {"loss": loss, **terms, **patches, **{name: term for name, (_, term) in more.items()}}
+
+    def patch_terms(self, bottleneck: Tensor, targets: PatchTargets) -> dict[str, Tensor]:
+        """The loss of hidden patches: a mean over those of a crop, and over all crops, masked or not.
+
+        Args:
+            bottleneck: of the student, at the places that are compared, [N * M, d].
+            targets: of the teacher.
+        """
+        function = partial(
+            _patch_sums, student_temp=self.options.student_temp, teacher_temp=targets.temperature
+        )  # fmt: skip
+        fixed = (self.student.patch_prototypes(), targets.prototypes, targets.shift)
+        rows = max(1, rows_at_once(self.options.logits_chunk, len(targets.prototypes)) // 2)
+        tensors = (bottleneck, targets.bottleneck, targets.weights)
+        sums = summed_in_chunks(function, tensors, rows, *fixed) / len(targets.places)
+        return {"patch_loss": sums[0], "patch_teacher_entropy": sums[1].detach()}
+
+    def added_terms(self, pooled: Tensor) -> Mapping[str, tuple[float, Tensor]]:
+        """More terms of the loss, each with its weight.
+
+        Args:
+            pooled: the student's features of its large crops, [N, D], crop-major.
+        """
+        return {}
+
+    def after_step(self, progress: Progress, finite: Tensor) -> None:
+        """The teacher and both centres move."""
+        super().after_step(progress, finite)
+        if self.patch_centre is not None:
+            self.patch_centre.move(finite)
+
+    def health(self) -> dict[str, Tensor]:
+        """What `SelfDistillation` tells, and the length of the patches' centre."""
+        found = super().health()
+        if self.patch_centre is not None:
+            found["patch_center_norm"] = self.patch_centre.center.norm()
+        return found
+
+    def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """The crops of some images, the large ones with what the student does not see greyed out."""
+        found = super().pictures(batch, progress)
+        large = self.large
+        images = by_crop(batch.images[large.name], large.count)[:, :_PICTURES]
+        step = patch_size(self.student.backbone)
+        assert step is not None
+        grid = (large.size[0] // step[0], large.size[1] // step[1])
+        mask = batch.draws["mask"][:_PICTURES].transpose(0, 1)
+        mask = mask.reshape(*mask.shape[:2], *grid)
+        mask = mask.repeat_interleave(step[0], 2).repeat_interleave(step[1], 3)[:, :, None]
+        seen = torch.where(mask, torch.zeros_like(images), images)
+        return found | {"global, masked": denormalise(torch.cat(list(seen), dim=3), large.mean, large.std)}
+
+
+def _patches(tokens: Tensor | None) -> Tensor:
+    assert tokens is not None, "check_masks lets only plain ViTs pass"
+    return tokens
+
+
+def check_masks(parts: Parts) -> tuple[int, int]:
+    """The grid of patches of a backbone that can be masked.
+
+    Raises:
+        BadInput: it has no patch tokens.
+    """
+    if not is_plain_vit(parts.backbone):
+        raise BadInput(
+            f"model.name {parts.name} is no plain ViT: without patch tokens that a mask token can replace there is "
+            "nothing to predict; take one of timm's vit_*, deit_* or deit3_* models, or method.name=dino"
+        )
+    step = patch_size(parts.backbone)
+    assert step is not None
+    return parts.large.size[0] // step[0], parts.large.size[1] // step[1]
+
+
+def check_head(options: MaskedDistillationOptions) -> None:
+    """Refuse what masks do not go with.
+
+    Raises:
+        BadInput: batch statistics, or a temperature above the student's.
+    """
+    if options.head_batch_norm:
+        raise BadInput(
+            "method.head_batch_norm is true: its statistics would be over hidden patches and empty places as well; set "
+            "it to false, or take method.name=dino"
+        )
+    for key in ("teacher_patch_temp", "warmup_teacher_patch_temp"):
+        value = getattr(options, key)
+        if value is not None and value > options.student_temp:
+            raise BadInput(f"method.{key} {value} is above method.student_temp {options.student_temp}")
+
+
+def count_patch_prototypes(options: MaskedDistillationOptions, plan: Plan, size: Size) -> tuple[int, tuple[str, ...]]:
+    """K of patch tokens where they have a last layer of their own, and a sentence if it is many."""
+    if options.patch_out_dim is None:
+        return plan.prototypes, ()
+    count, note = small_machines.prototypes(options.patch_out_dim, size, "method.patch_out_dim")
+    return count, () if note is None else (note,)
+
+
+def _patch_sums(
+    rows: Tensor, teacher: Tensor, weights: Tensor, prototypes: Tensor, teacher_prototypes: Tensor, shift: Tensor, *,
+    student_temp: float, teacher_temp: float,
+) -> Tensor:  # fmt: skip
+    logits = scaled_logits(rows, prototypes, student_temp)
+    with torch.no_grad():
+        targets = (scaled_logits(teacher, teacher_prototypes, teacher_temp) + shift).softmax(dim=-1)
+        certain = (weights[:, 0] * entropy(targets)).sum()
+    return torch.stack([(weights[:, 0] * row_cross_entropy(logits, targets)).sum(), certain])

@@ -1,0 +1,111 @@
+"""A collapsed run is told once, in time and with a remedy; a healthy one is left in peace."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from foreseen.commands import pretrain
+from foreseen.commands.verbs import load_recipe
+from foreseen.errors import BadInput
+from foreseen.pretrain.collapse import CollapseAlarm
+
+K = 128
+HEALTHY = {
+    "teacher_entropy": 3.9, "health/prototypes_used": 60.0, "health/feature_rank": 5.0, "health/feature_spread": 0.04,
+}  # fmt: skip
+COLLAPSED: dict[str, dict[str, float]] = {
+    "uniform": {"teacher_entropy": 0.999 * math.log(K), "health/prototypes_used": 127.9},
+    "one-hot": {"teacher_entropy": 1e-3, "health/prototypes_used": 1.0},
+    "rank": {"health/feature_spread": 1e-5},
+}
+
+
+def _alarm(stop: bool = False, grace_steps: int = 0) -> CollapseAlarm:
+    return CollapseAlarm(K, grace_steps=grace_steps, stop=stop)
+
+
+def _first_told(alarm: CollapseAlarm, numbers: Mapping[str, float], every: int, steps: int = 1000) -> int | None:
+    for step in range(every, steps + 1, every):
+        if alarm.look(step, numbers) is not None:
+            return step
+    return None
+
+
+@pytest.mark.parametrize("every", [1, 20, 100, 250])
+@pytest.mark.parametrize("sign", COLLAPSED)
+def test_a_collapse_is_told_within_500_steps_however_seldom_a_run_logs(sign: str, every: int) -> None:
+    step = _first_told(_alarm(), HEALTHY | COLLAPSED[sign], every)
+    assert step is not None
+    assert 200 <= step <= 500
+
+
+@pytest.mark.parametrize("sign", COLLAPSED)
+def test_it_is_told_once_with_the_numbers_and_a_remedy_and_again_after_a_recovery(sign: str) -> None:
+    alarm, bad = _alarm(), HEALTHY | COLLAPSED[sign]
+    said = [alarm.look(step, bad) for step in range(50, 1001, 50)]
+    (sentence,) = [each for each in said if each is not None]
+    assert f"COLLAPSE ({sign})" in sentence
+    assert "teacher entropy" in sentence
+    assert "method." in sentence or "optim." in sentence
+    assert [alarm.look(step, HEALTHY) for step in range(1050, 1201, 50)] == [None] * 4
+    assert any(alarm.look(step, bad) for step in range(1250, 1501, 50))
+
+
+def test_a_healthy_run_and_a_passing_sign_are_left_in_peace() -> None:
+    assert _first_told(_alarm(), HEALTHY, 20, steps=5000) is None
+    alarm = _alarm()
+    for step in range(20, 2001, 20):
+        passing = COLLAPSED["rank"] if step // 20 % 5 == 0 else {}
+        assert alarm.look(step, HEALTHY | passing) is None
+
+
+def test_nothing_is_told_in_the_warm_up() -> None:
+    uniform = HEALTHY | COLLAPSED["uniform"]
+    assert _first_told(_alarm(grace_steps=700), uniform, 20) == 800
+
+
+def test_the_run_stops_where_it_is_asked_to() -> None:
+    with pytest.raises(BadInput, match=r"COLLAPSE \(one-hot\).*method.center_momentum"):
+        _first_told(_alarm(stop=True), HEALTHY | COLLAPSED["one-hot"], 20)
+
+
+PROVOKED = {
+    "uniform": ["method.teacher_temp=0.1", "method.warmup_teacher_temp=0.1"],
+    "one-hot": ["method.center_momentum=1.0"],
+    "rank": ["optim.base_lr=0.05", "optim.weight_decay=1.0", "optim.weight_decay_end=1.0", "optim.warmup_steps=0"],
+}
+
+
+def _short_run(folder: Path, pets: Path, *overrides: str) -> list[str]:
+    return [
+        f"run.dir={folder}", f"data.path={pets}", "data.workers=0", "run.steps=500", "run.log_every=25",
+        "run.rewind_after=null", "views.size=32", "model.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",
+        "method.out_dim=128", "method.hidden_dim=64", "method.bottleneck_dim=32", "batch.global_size=16",
+        "method.crops={local_count: 2, local_size: 16}", "optim.warmup_steps=50", "method.on_collapse=stop", *overrides,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from foreseen.data.procedural import write_procedural_pets
+
+    path = tmp_path_factory.mktemp("pets") / "pets"
+    write_procedural_pets(path, train=512, test=8, size=48, seed=0, workers=1)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", PROVOKED)
+def test_a_provoked_collapse_stops_the_run_within_500_steps(sign: str, pets: Path, tmp_path: Path) -> None:
+    config = load_recipe("pretrain", "dino_cpu_minutes", _short_run(tmp_path / "run", pets, *PROVOKED[sign]))
+    with pytest.raises(BadInput, match=rf"step \d+: COLLAPSE \({sign}\)"):
+        pretrain.run(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_healthy_run_of_any_seed_reaches_its_end(seed: int, pets: Path, tmp_path: Path) -> None:
+    config = load_recipe("pretrain", "dino_cpu_minutes", _short_run(tmp_path / "run", pets, f"seed={seed}"))
+    assert pretrain.run(config).step == 500

@@ -1,0 +1,253 @@
+"""iBOT computes what the authors' code computes, and keeps what the recipe promises."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from foreseen.commands.verbs import load_recipe
+from foreseen.config import Config
+from foreseen.data.batch import Batch
+from foreseen.engine.objective import Progress
+from foreseen.errors import BadInput
+from foreseen.models.masked_vit import take
+from foreseen.models.projection_head import ProjectionHead
+from foreseen.pretrain.crop_masks import IndependentMasks
+from foreseen.pretrain.ibot import IBOT, from_official
+from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
+from tests.golden_cases import load_case, weights
+from tests.small_methods import small_method
+
+ARGS = "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"
+PROGRESS = Progress(0, 20, 5.0, 0)
+EXACT = {"rtol": 1e-8, "atol": 1e-10}
+Dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def _config(**more: Any) -> Config:
+    overrides = small_method(load_recipe("pretrain", "ibot_vit_s16")) | {
+        "views.size": 32, "model.args": ARGS, "batch.global_size": 16, "run.epochs": "null", "run.steps": 20,
+        "optim.warmup_epochs": "null", "optim.warmup_steps": 0,
+    }  # fmt: skip
+    overrides |= {key.replace("__", "."): value for key, value in more.items()}
+    return load_recipe("pretrain", "ibot_vit_s16", [f"{k}={v}" for k, v in overrides.items()])
+
+
+def _small(**more: Any) -> IBOT:
+    torch.manual_seed(0)
+    return IBOT.build(_config(**more).with_length(64)).train()
+
+
+def _batch(objective: IBOT, count: int = 4) -> Batch:
+    key = torch.arange(count) * 7919 + 1
+    generator = torch.Generator().manual_seed(1)
+    images = {
+        view.name: torch.randn(view.count * count, 3, *view.size, generator=generator)
+        for view in objective.request.views
+    }
+    (draw,) = objective.request.draws
+    drawn = np.stack([draw.function(np.random.default_rng(number), number) for number in range(count)])
+    return Batch(key, key, key, images, {draw.name: torch.from_numpy(drawn)})
+
+
+def _expected(case: dict[str, Any], tensors: dict[str, Tensor], name: str, dtype: torch.dtype) -> Any:
+    if dtype == torch.float64 and f"out64/{name}" in tensors:
+        return tensors[f"out64/{name}"], EXACT
+    return tensors[f"out/{name}"].to(dtype), case["tolerance"]
+
+
+@pytest.mark.parametrize("chunk", ["null", 9])
+@Dtypes
+def test_losses_gradients_and_centres_equal_the_authors_call_after_call(chunk: str | int, dtype: torch.dtype) -> None:
+    case, tensors = load_case("ibot", "loss")
+    c = case["config"]
+    objective = _small(
+        method__out_dim=c["out_dim"],
+        method__patch_out_dim=c["patch_out_dim"],
+        method__shared_head="false",
+        method__bottleneck_dim=c["patch_out_dim"],
+        method__crops=f"{{local_count: {c['nlcrops']}, local_size: 16}}",
+        method__warmup_teacher_temp=c["warmup_teacher_temp"],
+        method__teacher_temp=c["teacher_temp"],
+        method__warmup_teacher_patch_temp=c["warmup_teacher_temp2"],
+        method__teacher_patch_temp=c["teacher_temp2"],
+        method__warmup_teacher_temp_epochs=c["warmup_teacher_temp_epochs"],
+        method__student_temp=c["student_temp"],
+        method__center_momentum=c["center_momentum"],
+        method__patch_center_momentum=c["center_momentum2"],
+        method__class_weight=c["lambda1"],
+        method__patch_weight=c["lambda2"],
+        method__mask_ratio="[0.0, 1.0]",
+        method__mask_ratio_spread="[0.0, 0.0]",
+        method__logits_chunk=chunk,
+    ).to(dtype)
+    # With axes for prototypes a bottleneck is its own logits; the teacher's MLP is passed by.
+    for network in (objective.student, objective.teacher):
+        network.head.last_layer.weight_v.data.copy_(torch.eye(c["patch_out_dim"])[: c["out_dim"]])
+        network.head.last_layer2.weight_v.data.copy_(torch.eye(c["patch_out_dim"]))
+    objective.teacher.patch_bottleneck = lambda tokens: tokens  # type: ignore[method-assign]
+
+    def widened(rows: Tensor) -> Tensor:
+        return torch.nn.functional.pad(rows.to(dtype), (0, c["patch_out_dim"] - c["out_dim"]))
+
+    for call, epoch in enumerate(c["epochs_at"]):
+        progress = Progress(epoch, c["nepochs"], 1.0, 0)
+        assert objective.teacher_temperature(progress) == pytest.approx(case["values"]["teacher_temp_schedule"][epoch])
+        mask = tensors["in/masks"][call].flatten(1)
+        with torch.no_grad():
+            (classes,) = objective.class_targets([widened(tensors["in/teacher_cls"][call])], progress)
+            (patches,) = objective.patch_targets([tensors["in/teacher_patch"][call].to(dtype)], [mask], progress)
+        student_cls = tensors["in/student_cls"][call].to(dtype).requires_grad_()
+        student_patch = tensors["in/student_patch"][call].to(dtype).requires_grad_()
+        crops = torch.cat([widened(student_cls), widened(tensors["in/student_local_cls"][call])])
+        found = {
+            "loss_cls": objective.class_terms(crops, classes)["loss"],
+            "loss_patch": objective.patch_terms(take(student_patch, patches.places).flatten(0, 1), patches)[
+                "patch_loss"
+            ],
+        }
+        found["loss"] = found["loss_cls"] + found["loss_patch"]
+        found["loss"].backward()
+        objective.centre.move(torch.tensor(True))
+        objective.patch_centre.move(torch.tensor(True))
+        found |= {
+            "center": objective.centre.center[None], "center2": objective.patch_centre.center[None, None],
+            "grad_student_cls": student_cls.grad, "grad_student_patch": student_patch.grad,
+        }  # fmt: skip
+        for name, ours in found.items():
+            expected, tolerance = _expected(case, tensors, f"{name}.{call}", dtype)
+            torch.testing.assert_close(ours, expected, **tolerance)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@Dtypes
+def test_the_head_equals_the_authors(shared: bool, dtype: torch.dtype) -> None:
+    case, tensors = load_case("ibot", "head_shared" if shared else "head_separate")
+    c = case["config"]
+    head = ProjectionHead(
+        c["in_dim"], c["out_dim"], hidden_dim=c["hidden_dim"], bottleneck_dim=c["bottleneck_dim"],
+        patch_prototypes=None if shared else c["patch_out_dim"],
+    )  # fmt: skip
+    official = {"student": {f"head.{name}": value for name, value in weights(tensors).items()}}
+    renamed = from_official(official, shared_head=shared)
+    head.load_state_dict({name.removeprefix("student.head."): value for name, value in renamed.items()})
+    head.to(dtype)
+    tokens = tensors["in/tokens"].to(dtype)
+    bottleneck = head(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1)
+    found = {
+        "cls_out": bottleneck[:, 0] @ head.prototypes().mT,
+        "patch_out": bottleneck[:, 1:] @ head.patch_prototypes().mT,
+        "cls_only_out": head(tokens[:, 0]) @ head.prototypes().mT,
+    }
+    for name, ours in found.items():
+        expected, tolerance = _expected(case, tensors, name, dtype)
+        torch.testing.assert_close(ours, expected, **tolerance)
+
+
+@Dtypes
+def test_masked_features_equal_the_authors(dtype: torch.dtype) -> None:
+    case, tensors = load_case("ibot", "masked_vit")
+    objective = _small().eval()
+    official = {"student": {f"backbone.{name}": value for name, value in weights(tensors).items()}}
+    missing, unexpected = objective.load_state_dict(from_official(official, shared_head=True), strict=False)
+    assert not unexpected
+    assert not [name for name in missing if name.startswith(("student.backbone", "student.mask_token"))]
+    objective.to(dtype)
+    mask = tensors["in/mask"].flatten(1)
+    pooled, patches = objective.student.encode(tensors["in/images"].to(dtype), mask=mask)
+    expected, tolerance = _expected(case, tensors, "tokens", dtype)
+    torch.testing.assert_close(torch.cat([pooled[:, None], patches], dim=1), expected, **tolerance)
+
+
+@pytest.mark.parametrize("name", ["block_mask_official", "block_mask_fixed", "rand_mask"])
+def test_masks_have_the_authors_statistics(name: str) -> None:
+    case, tensors = load_case("ibot", name)
+    c, values = case["config"], case["values"]
+    listed = isinstance(c["pred_ratio"], list)
+    masks = IndependentMasks(
+        (14, 14), 2, "block" if c["pred_shape"] == "block" else "random",
+        tuple(c["pred_ratio"]) if listed else (c["pred_ratio"],),
+        tuple(c["pred_ratio_var"]) if listed else (c["pred_ratio_var"],),
+    )  # fmt: skip
+    generator = np.random.default_rng(5)
+    drawn = np.concatenate([masks(generator, 0) for _ in range(c["draws"] // 2)])
+    ratios = drawn.mean(1)
+    error = values["std_ratio"] / c["draws"] ** 0.5
+    assert abs(ratios.mean() - values["mean_ratio"]) < 5 * 2**0.5 * error
+    assert ratios.std() == pytest.approx(values["std_ratio"], rel=0.12)
+    assert ratios.max() <= masks.most / 196
+    assert abs((ratios == 0).mean() - values["fraction_unmasked_images"]) < 0.06
+    assert np.abs(drawn.mean(0).reshape(14, 14) - tensors["out/position_frequency"].numpy()).max() < 0.07
+
+
+HARDER = {
+    "shared": {"method__teacher_patch_temp": 0.05},
+    "separate": {"method__shared_head": "false", "method__patch_out_dim": 40, "method__logits_chunk": 23},
+    "sinkhorn": {"method__centering": "sinkhorn", "method__mask_shape": "random"},
+}
+
+
+@pytest.mark.parametrize("more", HARDER.values(), ids=HARDER)
+def test_a_run_does_not_depend_on_accumulation(more: dict[str, Any]) -> None:
+    def make() -> IBOT:
+        return IBOT.build(_config(model__drop_path_rate=0.2, **more).with_length(37))
+
+    whole = drive(make, 16)
+    for micro_size in (8, 4):
+        cut = drive(make, micro_size)
+        assert loss_distance(whole, cut) < 1e-12
+        assert norm_distance(whole, cut) < 1e-12
+        assert weight_distance(whole, cut) < 1e-10
+
+
+def test_every_trained_weight_takes_part_even_where_no_patch_is_hidden() -> None:
+    objective = _small(method__shared_head="false")
+    batch = _batch(objective)
+    batch.draws["mask"].fill_(False)
+    with torch.no_grad():
+        (prepared,) = objective.prepare([batch], PROGRESS)
+    found = objective(batch, prepared, PROGRESS)
+    found["loss"].backward()
+    assert found["patch_loss"].detach() == 0.0
+    assert [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_hidden_pixels_reach_the_teacher_alone() -> None:
+    objective = _small().eval()
+    images = torch.randn(1, 3, 32, 32)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, :8] = True
+    changed = images.clone()
+    changed[:, :, :16] += 1.0
+    student = [objective.student.encode(each, mask=mask)[1] for each in (images, changed)]
+    teacher = [objective.teacher.encode(each)[1] for each in (images, changed)]
+    assert torch.equal(*student)
+    assert not torch.equal(*teacher)
+    assert objective.teacher.mask_token is None
+
+
+def test_pictures_show_what_is_hidden() -> None:
+    objective = _small()
+    pictures = objective.pictures(_batch(objective), PROGRESS)
+    assert pictures["global, masked"].shape == pictures["global"].shape == (4, 3, 32, 64)
+    assert not torch.equal(pictures["global, masked"], pictures["global"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"model__name": "resnet18", "model__args": "{}", "model__drop_path_rate": 0, "views__size": 64,
+          "method__crops": "{local_count: 2, local_size: 32}"}, "resnet18 is no plain ViT.*method.name=dino"),
+        ({"model__name": "swin_tiny_patch4_window7_224", "model__args": "{window_size: 4}"}, "is no plain ViT"),
+        ({"method__head_batch_norm": "true"}, "method.head_batch_norm is true"),
+        ({"method__teacher_patch_temp": 0.2}, "method.teacher_patch_temp 0.2 is above method.student_temp 0.1"),
+        ({"method__mask_ratio": "[0.3]"}, "must be as many"),
+        ({"method__mask_ratio": "[0.0, 0.9]"}, "leaves"),
+        ({"method__mask_ratio": "[0.01]", "method__mask_ratio_spread": "[0.0]"}, "hide no patch"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_with_a_sentence(overrides: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        _small(**overrides)
