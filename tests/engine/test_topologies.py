@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from _pytest.mark import ParameterSet
 
 from foreseen.engine.ledger import read_ledger
 from tests.engine.driver import loss_distance, norm_distance, relative, weight_distance
@@ -27,15 +29,33 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 METHODS = [method for _, method in methods() if method not in EXEMPT]
 CUTS = [(ranks, accumulation) for ranks in WORLDS for accumulation in ACCUMULATIONS]
+MOST_RANKS = WORLDS[-1]
+ON_MOST_RANKS = ("mae", "supervised")  # the others take many minutes there
+
+
+def cases(cuts: Sequence[tuple[int, ...]]) -> list[ParameterSet]:
+    """Each method at each cut, whose first number is that of the ranks."""
+
+    def marks(method: str, ranks: int) -> list[pytest.MarkDecorator]:
+        return [pytest.mark.proof] if ranks == MOST_RANKS and method not in ON_MOST_RANKS else []
+
+    return [pytest.param(method, *cut, marks=marks(method, cut[0])) for cut in cuts for method in METHODS]
 
 
 @pytest.fixture(scope="module")
-def runs(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(request: pytest.FixtureRequest, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs that the chosen tests look at."""
     out = tmp_path_factory.mktemp("topologies")
-    for ranks in WORLDS:
+    wanted: dict[int, set[str]] = {}
+    for item in request.session.items:
+        if item.path == request.path and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            method, ranks = (item.callspec.params.get(name) for name in ("method", "ranks"))
+            for number in {1, ranks}:
+                wanted.setdefault(number, set()).add(method or "mae")
+    for ranks, chosen in sorted(wanted.items()):
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)]
         launcher = [*launch, "--main_process_port", "0"] if ranks > 1 else []
-        command = [sys.executable, *launcher, "-m", "tests.engine.topologies", str(out), str(small_shards)]
+        command = [sys.executable, *launcher, "-m", "tests.engine.topologies", str(out), str(small_shards), *chosen]
         env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -49,8 +69,7 @@ def _folder(runs: Path, method: str, topology: Topology, suffix: str = "") -> Pa
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("ranks", "accumulation"), CUTS[1:])
+@pytest.mark.parametrize(("method", "ranks", "accumulation"), cases(CUTS[1:]))
 def test_a_method_does_not_depend_on_how_its_batches_are_cut(
     runs: Path, method: str, ranks: int, accumulation: int
 ) -> None:
@@ -65,8 +84,7 @@ def test_a_method_does_not_depend_on_how_its_batches_are_cut(
     assert weight_distance(one, two) < 1e-10
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("ranks", WORLDS[1:])
+@pytest.mark.parametrize(("method", "ranks"), cases([(ranks,) for ranks in WORLDS[1:]]))
 def test_in_single_precision_only_rounding_differs(runs: Path, method: str, ranks: int) -> None:
     one, two = (history(_folder(runs, method, Topology(r, 2, precision="fp32"))) for r in (1, ranks))
     assert relative(one.losses, two.losses) < 1e-5
@@ -74,8 +92,7 @@ def test_in_single_precision_only_rounding_differs(runs: Path, method: str, rank
     assert weight_distance(one, two) < 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("ranks", WORLDS)
+@pytest.mark.parametrize(("method", "ranks"), cases([(ranks,) for ranks in WORLDS]))
 def test_a_run_goes_on_to_the_bit_on_the_same_ranks_and_exactly_on_others(runs: Path, method: str, ranks: int) -> None:
     topology = Topology(ranks, 2)
     whole, again = (_folder(runs, method, topology, suffix) for suffix in ("", "-again"))

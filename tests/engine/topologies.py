@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,11 +126,13 @@ def begin_from_the_middle(whole: Path, folder: Path) -> None:
         shutil.rmtree(folder / handed_over, ignore_errors=True)
 
 
-def main(out: Path, shards: Path) -> None:
+def main(out: Path, shards: Path, chosen: Sequence[str]) -> None:
     torch.set_num_threads(1)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     for verb, method in methods():
+        if method not in chosen:
+            continue
         for accumulation in ACCUMULATIONS:
             config = config_of(verb, method, shards, Path("none"), Topology(ranks, accumulation))
             if config.batch.micro_size == 1 and method in PAIRS:
@@ -147,7 +150,7 @@ def main(out: Path, shards: Path) -> None:
             if ranks > 1:
                 torch.distributed.barrier()
             run(verb, config_of(verb, method, shards, folder, topology))
-    for workers in WORKERS[1:]:
+    for workers in WORKERS[1:] if "mae" in chosen else ():
         for accumulation in ACCUMULATIONS:
             topology = Topology(ranks, accumulation, workers, "fp32")
             run("pretrain", config_of("pretrain", "mae", shards, out / f"mae-{topology.name}", topology))
@@ -156,4 +159,4 @@ def main(out: Path, shards: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
