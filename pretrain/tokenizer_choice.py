@@ -26,6 +26,8 @@ from foreseen.tokenizers.health import Health, measure_health, refuse_unused
 from foreseen.tokenizers.looking import Cut
 from foreseen.tokenizers.pixel_clusters import PixelClusters, fit_pixel_clusters
 
+_MAX_SHEET_PIXELS = 4_000_000
+
 
 class ClusterOptions(Section):
     """The pixel clusters that are fitted where no tokenizer is named."""
@@ -136,10 +138,20 @@ def _fit(config: Config, cut: Cut, folder: Path) -> list[str]:
 
 def _judged(found: TokenizerFolder, cut: Cut, workers: int, device: torch.device) -> tuple[Health, Image.Image]:
     """How a tokenizer does on these pictures: as its folder says, if it was measured on the very same."""
-    health, sheet = Health.from_dict(found.health), found.source / "health.png"
-    if health is not None and sheet.is_file():
+    health = Health.from_dict(found.health)
+    if health is not None:
         pictures = cut(Request(views=())).shards
         if (health.fingerprint, health.codebook_size) == (pictures.fingerprint, found.tokenizer.codebook_size):
-            with Image.open(sheet) as image:
-                return health, image.convert("RGB")
+            sheet = _sheet_of(found.source / "health.png")
+            if sheet is not None:
+                return health, sheet
     return measure_health(found.tokenizer.to(device), cut, workers=workers, device=device)
+
+
+def _sheet_of(file: Path) -> Image.Image | None:
+    """The contact sheet beside a tokenizer, which may be a stranger's; None if it is not one that was drawn here."""
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            return image.convert("RGB") if image.width * image.height <= _MAX_SHEET_PIXELS else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None

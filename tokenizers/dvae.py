@@ -27,6 +27,7 @@ from foreseen.device_keys import keyed_uniform
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
 from foreseen.handoff.weight_files import open_weights
+from foreseen.tokenizers.build import build_for
 from foreseen.tokenizers.dvae_networks import Decoder, Encoder, NetworkOptions
 from foreseen.tokenizers.logit_laplace import MEAN, STD, negative_log_likelihood, pixels_of
 from foreseen.tokenizers.reconstruction import ReconstructionObjective, mapped_view
@@ -116,13 +117,13 @@ def from_official(
             "groups": groups, "blocks": blocks, "width": len(encoder["blocks.input.b"]),
             "decoder_input": len(decoder["blocks.input.b"]),
         }  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            tokenizer = DVAE(len(encoder["blocks.output.conv.b"]), input_size, network)
-        tokenizer.encoder.load_state_dict(dict(encoder))
-        tokenizer.decoder.load_state_dict(dict(decoder))
-    except (KeyError, ValueError, RuntimeError) as error:
-        if isinstance(error, BadInput):
-            raise
+        state = {f"encoder.{name}": value for name, value in encoder.items()}
+        state |= {f"decoder.{name}": value for name, value in decoder.items()}
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        codes = len(encoder["blocks.output.conv.b"])
+        tokenizer = build_for(shapes, DVAE, {"codebook_size": codes, "input_size": input_size, "network": network})
+        tokenizer.load_state_dict(state)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"these are no weights of DALL·E's encoder and decoder: {error}") from error
     return tokenizer.eval().requires_grad_(False)
 

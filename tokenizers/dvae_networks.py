@@ -27,11 +27,11 @@ class NetworkOptions(Section):
 
     groups: int = Field(4, ge=2, le=7)
     """Groups of blocks; each but the last halves the sides, so a code stands for 2^(groups - 1) px: 4 for 8 px."""
-    blocks: int = Field(2, ge=1)
+    blocks: int = Field(2, ge=1, le=64)
     """Residual blocks in a group."""
-    width: int = Field(256, ge=4, multiple_of=4)
+    width: int = Field(256, ge=4, le=8192, multiple_of=4)
     """Channels of the encoder's first and the decoder's last group; they double from group to group."""
-    decoder_input: int = Field(128, ge=1)
+    decoder_input: int = Field(128, ge=1, le=65_536)
     """Channels that codes become before the decoder's first group."""
     residual_gain: float | None = Field(None, gt=0)
     """What each block's branch is multiplied by; null takes DALL·E's 1 / (groups · blocks)². Small networks that are
@@ -129,7 +129,7 @@ class Standardise(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.training:
             with torch.no_grad():
-                places = x.new_tensor([x.numel() / x.shape[1]])
+                places = x.new_full((1,), x.numel() / x.shape[1])  # not new_tensor: the device would wait for it
                 sums = torch.cat([x.sum(dim=(0, 2, 3)), x.square().sum(dim=(0, 2, 3)), places])
                 self._sums = sums if self._sums is None else self._sums + sums
         return (x - self.mean.view(-1, 1, 1)) * (self.variance + _EPS).rsqrt().view(-1, 1, 1)

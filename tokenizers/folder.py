@@ -18,15 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from foreseen.errors import BadInput
-from foreseen.files import read_json
+from foreseen.files import read_json, sync
+from foreseen.tokenizers.build import build_for, shapes_in
 from foreseen.tokenizers.kinds import KINDS
 from foreseen.tokenizers.tokenizer import Tokenizer
+
+# What arguments and weights that fit nothing lead to, in the kinds, in timm and in torch.
+_DAMAGE = (
+    KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
+    MemoryError, OSError, SafetensorError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,36 +75,54 @@ def save_tokenizer(
     """
     if folder.exists() and not (folder / "config.json").is_file():
         raise BadInput(f"{folder} is there and is no tokenizer folder; remove it or choose another run.dir")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.parent / f".{folder.name}.{word}" for word in ("new", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed between the two renames below
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
+    try:
+        _write(tokenizer, new, lineage, health, pictures)
+        load_tokenizer(new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(
+    tokenizer: Tokenizer,
+    folder: Path,
+    lineage: Mapping[str, Any],
+    health: Mapping[str, Any] | None,
+    pictures: Image.Image | None,
+) -> None:
+    folder.mkdir()
     state = {
         name: (value.float() if value.is_floating_point() else value).detach().cpu().clone().contiguous()
         for name, value in tokenizer.state_dict().items()
     }
-    save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     described = {
         "format": 1,
         "kind": tokenizer.kind,
         "codebook_size": tokenizer.codebook_size,
         "arguments": tokenizer.arguments(),
-        "weights_sha256": _sha256(new / "model.safetensors"),
+        "weights_sha256": _sha256(folder / "model.safetensors"),
     }
-    (new / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    (new / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
     if health is not None:
-        (new / "health.json").write_text(json.dumps(health, indent=2) + "\n")
+        (folder / "health.json").write_text(json.dumps(health, indent=2) + "\n")
     if pictures is not None:
-        pictures.save(new / "health.png")
-    for path in new.iterdir():
+        pictures.save(folder / "health.png")
+    for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    load_tokenizer(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_tokenizer(folder: str | Path) -> TokenizerFolder:
@@ -119,15 +143,16 @@ def load_tokenizer(folder: str | Path) -> TokenizerFolder:
             raise BadInput(f"its config.json says kind {kind!r}; there are {', '.join(sorted(KINDS))}")
         if _sha256(folder / "model.safetensors") != described["weights_sha256"]:
             raise BadInput("model.safetensors is not the one that config.json was written with")
-        with torch.random.fork_rng(devices=[]):
-            tokenizer = KINDS[kind](**described["arguments"])
+        tokenizer = build_for(shapes_in(folder / "model.safetensors"), KINDS[kind], described["arguments"])
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
         health, lineage = (
             read_json(folder / name) if (folder / name).is_file() else {} for name in ("health.json", "lineage.json")
         )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
-        what = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadInput(f"the tokenizer folder {folder} cannot be read: {what}") from error
+        if not isinstance(health, dict) or not isinstance(lineage, dict):
+            raise BadInput("health.json or lineage.json holds no object")
+    except _DAMAGE as error:
+        what = str(error) if isinstance(error, BadInput) else " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"the tokenizer folder {folder} cannot be read: {what[:500]}") from error
     return TokenizerFolder(
         folder, tokenizer.eval().requires_grad_(False), _sha256(folder / "config.json"), health, lineage
     )  # fmt: skip

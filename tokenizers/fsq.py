@@ -46,9 +46,26 @@ class Levels(nn.Module):
             )
         self.levels = tuple(levels)
         self.codebook_size = math.prod(levels)
-
-    def _of(self, like: Tensor, values: Sequence[float]) -> Tensor:
-        return like.new_tensor(values).view(-1, 1, 1)
+        half = [(level - 1) * (1 - _MARGIN) / 2 for level in levels]
+        offset = [0.5 * (level % 2 == 0) for level in levels]
+        # Buffers, though no weights: made at every step they would be sent to the device, which waits for that.
+        made: dict[str, Sequence[float]] = {
+            "_half": half,
+            "_offset": offset,
+            "_shift": [math.tan(o / h) for o, h in zip(offset, half, strict=True)],
+            "_widths": [level // 2 for level in levels],
+            "_counts": list(levels),
+            "_bases": [math.prod(levels[:place]) for place in range(len(levels))],
+        }
+        for name, values in made.items():
+            dtype = torch.int64 if isinstance(values[0], int) else torch.float64
+            self.register_buffer(name, torch.tensor(values, dtype=dtype).view(-1, 1, 1), persistent=False)
+        self._half: Tensor
+        self._offset: Tensor
+        self._shift: Tensor
+        self._widths: Tensor
+        self._counts: Tensor
+        self._bases: Tensor
 
     def bound(self, z: Tensor) -> Tensor:
         """Squeeze numbers to where they round to their levels, [B, d, h, w] -> [B, d, h, w].
@@ -56,32 +73,24 @@ class Levels(nn.Module):
         An odd number of levels lies evenly about 0, from -(L-1)/2; an even one from -L/2 to L/2 - 1, so its tanh is
         shifted by half a level.
         """
-        half = [(level - 1) * (1 - _MARGIN) / 2 for level in self.levels]
-        offset = [0.5 * (level % 2 == 0) for level in self.levels]
-        shift = [math.tan(o / h) for o, h in zip(offset, half, strict=True)]
-        return (z + self._of(z, shift)).tanh() * self._of(z, half) - self._of(z, offset)
+        half, offset, shift = (one.to(z.dtype) for one in (self._half, self._offset, self._shift))
+        return (z + shift).tanh() * half - offset
 
     def quantise(self, z: Tensor) -> Tensor:
         """Round numbers to their levels, as if rounding had the gradient 1; scaled to [-1, 1], [B, d, h, w]."""
         bounded = self.bound(z)
         rounded = bounded + (bounded.round() - bounded).detach()
-        return rounded / self._of(z, [level // 2 for level in self.levels])
+        return rounded / self._widths.to(z.dtype)
 
     def codes(self, quantised: Tensor) -> Tensor:
         """The number of each place's combination, [B, d, h, w] -> [B, h, w] int64 in [0, K)."""
-        widths = self._of(quantised, [level // 2 for level in self.levels])
-        digits = (quantised * widths + widths).round().long()
-        return (digits * self._bases(digits)).sum(dim=1)
+        digits = (quantised * self._widths.to(quantised.dtype)).round().long() + self._widths
+        return (digits * self._bases).sum(dim=1)
 
     def combinations(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `codes`, [B, h, w] -> [B, d, h, w]."""
-        levels = self._of(codes, self.levels)
-        digits = codes[:, None].div(self._bases(codes), rounding_mode="floor") % levels
-        widths = levels // 2
-        return (digits - widths).to(dtype) / widths.to(dtype)
-
-    def _bases(self, like: Tensor) -> Tensor:
-        return self._of(like, [math.prod(self.levels[:place]) for place in range(len(self.levels))])
+        digits = codes[:, None].div(self._bases, rounding_mode="floor") % self._counts
+        return (digits - self._widths).to(dtype) / self._widths.to(dtype)
 
 
 class FSQ(Tokenizer):

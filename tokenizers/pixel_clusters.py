@@ -90,7 +90,7 @@ def fit_pixel_clusters(
         workers: loader processes.
 
     Raises:
-        BadInput: fewer than two clusters, or `patch` does not divide `size`.
+        BadInput: fewer than two clusters or different patches, or `patch` does not divide `size`.
     """
     if clusters < 2:
         raise BadInput(f"pixel clusters number at least 2, got {clusters}")
@@ -101,6 +101,11 @@ def fit_pixel_clusters(
     if len(patches) > most:
         patches = patches[keyed_permutation(key, "patches", len(patches))[0, :most].sort().values]
     clusters = min(clusters, len(torch.unique(patches, dim=0)))
+    if clusters < 2:
+        raise BadInput(
+            f"the {len(patches):,} patches of {patch}×{patch} px that were looked at are all the same, so there is "
+            "nothing to cluster: look at the pictures of data.path, or name a tokenizer in method.tokenizer"
+        )
     tokenizer = PixelClusters(clusters, patch, size)
     # Sums of whole numbers in float64 are exact, so the means do not depend on the order of summation.
     tokenizer.centroids.copy_(_k_means(patches.double(), clusters, key) / 255)

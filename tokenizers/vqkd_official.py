@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foreseen.errors import BadInput
+from foreseen.tokenizers.build import build_for
 from foreseen.tokenizers.vqkd import VQKD
 
 _HEAD_DIM = 64  # of their encoders, which no weight tells
@@ -27,7 +28,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if part in ("encoder", "decoder"):
             owner = "tokenizer.encoder" if part == "encoder" else "decoder"
             if rest.endswith(".attn.q_bias"):  # keys have none, which changes nothing
-                bias = [value, torch.zeros_like(value), state[name.removesuffix("q_bias") + "v_bias"]]
+                bias = [value, torch.zeros_like(value), _v_bias_of(state, name)]
                 renamed[f"{owner}.{rest.removesuffix('q_bias')}qkv.bias"] = torch.cat(bias)
             elif not rest.endswith(".attn.v_bias"):
                 renamed[f"{owner}.{rest.replace('fc_norm.', 'norm.')}"] = value
@@ -49,6 +50,13 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _v_bias_of(state: Mapping[str, Tensor], q_bias: str) -> Tensor:
+    name = q_bias.removesuffix("q_bias") + "v_bias"
+    if name not in state:
+        raise BadInput(f"{name} is missing beside {q_bias}")
+    return state[name]
+
+
 def official_tokenizer(state: Mapping[str, Tensor], *, num_heads: int | None = None) -> VQKD:
     """The tokenizer of an official checkpoint, ready to be saved as a folder.
 
@@ -61,19 +69,19 @@ def official_tokenizer(state: Mapping[str, Tensor], *, num_heads: int | None = N
     """
     renamed, prefix = from_official(state), "tokenizer."
     own = {name.removeprefix(prefix): value for name, value in renamed.items() if name.startswith(prefix)}
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
     try:
-        projection, codes = own["encoder.patch_embed.proj.weight"], own["codebook.weight"]
-        places = own["encoder.pos_embed"].shape[1] - 1
-    except KeyError as error:
-        raise BadInput(f"these are no weights of an official VQ-KD tokenizer: {error} is missing") from None
-    width, patch, side = projection.shape[0], projection.shape[-1], isqrt(places)
-    depth = len({name.split(".")[2] for name in own if name.startswith("encoder.blocks.")})
-    tokenizer = VQKD(
-        architecture="vit_base_patch16_224",
-        model_args={
-            "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": num_heads or width // _HEAD_DIM,
-        },
-        input_size=(side * patch, side * patch), codebook_size=len(codes), code_dim=codes.shape[1],
-    )  # fmt: skip
-    tokenizer.load_state_dict(own)
+        (width, _, patch, _), (codes, code_dim) = shapes["encoder.patch_embed.proj.weight"], shapes["codebook.weight"]
+        side = isqrt(shapes["encoder.pos_embed"][1] - 1)
+        depth = len({name.split(".")[2] for name in own if name.startswith("encoder.blocks.")})
+        vit = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": num_heads or width // _HEAD_DIM}
+        arguments = {
+            "architecture": "vit_base_patch16_224", "model_args": vit, "input_size": (side * patch, side * patch),
+            "codebook_size": codes, "code_dim": code_dim,
+        }  # fmt: skip
+        tokenizer = build_for(shapes, VQKD, arguments)
+        tokenizer.load_state_dict(own)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise BadInput(f"these are no weights of an official VQ-KD tokenizer: {what}") from error
     return tokenizer.eval()

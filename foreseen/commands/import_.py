@@ -32,7 +32,13 @@ def import_(
                 "parents": [],
                 "foreseen": __version__,
             }
-            made = layout.write(in_order, Path(out), lineage)
+            try:
+                made = layout.write(in_order, Path(out), lineage)
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+                if isinstance(error, BadInput):
+                    raise
+                what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                raise BadInput(f"these weights have the names of {layout.what}, but are none: {what}") from error
             print(f"{made}: {out}   from {layout.what}")
             return
     seen = "; ".join(

@@ -102,7 +102,9 @@ def _write_finetuned_beit(files: Sequence[WeightFile], out: Path, lineage: Linea
     from foreseen.handoff.official_beit import beit_finetuned_from_official
 
     state = beit_finetuned_from_official(files[0].state)
-    _write_beit(files[0], state, out, lineage, is_v2=False, pool="mean" if "fc_norm.weight" in state else "token")
+    # No weight tells the versions apart, and they are normalised differently; the authors' names of files do.
+    is_v2 = "beitv2" in files[0].path.name.lower()
+    _write_beit(files[0], state, out, lineage, is_v2=is_v2, pool="mean" if "fc_norm.weight" in state else "token")
     return "encoder"
 
 

@@ -57,7 +57,9 @@ def run(config: "Config") -> "Outcome":
                 save_tokenizer(tokenizer, folder, lineage=lineage, health=health.as_dict(), pictures=sheet)
                 say(health.sentence())
                 say(f"  {health.verdict()}")
-                say(f"tokenizer: {folder}   foreseen pretrain beit_b16 method.tokenizer={folder}")
+                (height, width), (rows, columns) = tokenizer.input_size, tokenizer.grid(tokenizer.input_size)
+                say(f"tokenizer: {folder}   {rows}×{columns} codes of {height}×{width} px")
+                say(f"  to learn from it: foreseen pretrain RECIPE method.tokenizer={folder}, RECIPE a BEiT (beit_...)")
     return outcome
 
 

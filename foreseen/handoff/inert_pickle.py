@@ -4,7 +4,8 @@ Whole pickled modules (DALL·E's encoder and decoder) and checkpoints that hold 
 `torch.load(weights_only=True)`, and without it they may run anything. Here nothing of any module is ever looked up: the
 few names that describe a tensor get this file's own functions, every other one a stand-in that keeps what it is given.
 What a file can cost is bounded before it is read: the program that a pickle is has at most 4 MiB, and only the
-instructions of pickle protocol 2; no tensor is larger than the bytes that the file has for it.
+instructions of pickle protocol 2; dicts have short names and small numbers as keys, so that hashing one ends; nothing
+that was checked can be changed by what comes later; no tensor is larger than the bytes that the file has for it.
 
 Both formats: torch/serialization.py of torch 2.11.
 """
@@ -19,7 +20,7 @@ from io import BytesIO
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +30,11 @@ from foreseen.files import open_regular
 
 MAX_PROGRAM = 4 << 20  # bytes; checkpoints of the largest ViTs with their optimizer need a tenth
 _MAX_NAMES = 1000
-_MAX_NODES = 1_000_000
+_MAX_ARGUMENTS = 1_000_000
+_MAX_NODES = 100_000
+_MAX_NAME = 1000  # characters of a tensor's name, and of a part of it
 _MAX_DEPTH = 100
+_MAX_COUNT = 1 << 48
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # All that the pickler of torch.save writes.
 _INSTRUCTIONS = {
@@ -62,15 +66,22 @@ class StandIn:
         self.state = state
 
 
+class _Closed:
+    """Its state is not a file's to set: pickle would write into the dictionary of any object without this method."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it changes what was checked")
+
+
 @dataclass(frozen=True)
-class _Storage:
+class _Storage(_Closed):
     dtype: torch.dtype
     key: str
     numel: int
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(_Closed):
     """A tensor that a file holds, not read yet.
 
     Attributes:
@@ -103,19 +114,14 @@ class StoredTensor:
         return torch.frombuffer(data, dtype=self.dtype).as_strided(self.shape, self._stride).clone()
 
 
-class _Known:
+class _Known(_Closed):
     """One of the functions that this file has in place of torch's."""
-
-    __slots__ = ("_function",)
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
     def __call__(self, *arguments: Any) -> Any:
         return self._function(*arguments)
-
-    def __setstate__(self, state: Any) -> None:
-        raise ValueError("it changes a function")
 
 
 class _OrderedDict(dict[Any, Any]):
@@ -125,14 +131,26 @@ class _OrderedDict(dict[Any, Any]):
         pass
 
 
-class _Inert(pickle.Unpickler):
-    """Reads the program of a file; knows the names of `_known` and looks up nothing."""
+def _put(into: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keep an entry. Keys of other kinds are passed over: to hash tuples of tuples may take for ever, or the stack."""
+    if (isinstance(key, str) and len(key) <= _MAX_NAME) or (isinstance(key, int) and abs(key) < _MAX_COUNT):
+        into[key] = value
+
+
+class _Inert(pickle._Unpickler):
+    """Reads the program of a file; knows a few names and looks up nothing.
+
+    It is the reader in Python, whose instructions can be replaced: the one in C hashes whatever a program makes a key.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, program: bytes, file: "_TorchFile") -> None:
         super().__init__(BytesIO(program), encoding="utf-8")
         self._file = file
+        self._left = _MAX_ARGUMENTS
         self._names: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): _Known(_OrderedDict),
+            ("collections", "OrderedDict"): _Known(self._ordered_dict),
             ("torch._utils", "_rebuild_tensor"): _Known(self._tensor),
             ("torch._utils", "_rebuild_tensor_v2"): _Known(self._tensor),
             ("torch._utils", "_rebuild_parameter"): _Known(lambda data, *_: data),
@@ -160,6 +178,42 @@ class _Inert(pickle.Unpickler):
             raise ValueError("it has a storage of a kind that is not known")
         return self._file.storage(_Storage(dtype, key, _count(numel)))
 
+    def _ordered_dict(self, items: Any = ()) -> _OrderedDict:
+        pairs = list(items.items() if isinstance(items, dict) else items)
+        self._spend(len(pairs))
+        made = _OrderedDict()
+        for key, value in pairs:
+            _put(made, key, value)
+        return made
+
+    def _spend(self, values: int) -> None:
+        """What is called copies what it is called with, which may be little in the file and called very often."""
+        self._left -= values
+        if self._left < 0:
+            raise ValueError(f"its calls have more than {_MAX_ARGUMENTS:,} arguments")
+
+    def _set_one(self: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        if isinstance(self.stack[-1], dict):  # else it is a stand-in for a mapping of another kind
+            _put(self.stack[-1], key, value)
+
+    def _set_many(self: Any) -> None:
+        items = self.pop_mark()
+        if isinstance(self.stack[-1], dict):
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                _put(self.stack[-1], key, value)
+
+    def _call(self: Any) -> None:
+        arguments = self.stack.pop()
+        if not isinstance(arguments, tuple):
+            raise ValueError("it calls something with no tuple of arguments")
+        self._spend(1 + len(arguments))
+        self.stack[-1] = self.stack[-1](*arguments)
+
+    dispatch[pickle.SETITEM[0]] = _set_one
+    dispatch[pickle.SETITEMS[0]] = _set_many
+    dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = _call
+
     def _tensor(self, storage: Any, first: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
         if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > 16:
             raise ValueError("it has a tensor of a kind that is not known")
@@ -171,8 +225,10 @@ class _Inert(pickle.Unpickler):
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 48:
-        raise ValueError(f"it has {str(value)[:40]} where a size is due")
+    if type(value) is not int or not 0 <= value < _MAX_COUNT:
+        # Of tuples within tuples the words may be without end.
+        shown = str(value)[:40] if isinstance(value, int | float) else f"a {type(value).__name__}"
+        raise ValueError(f"it has {shown} where a size is due")
     return value
 
 
@@ -217,7 +273,10 @@ class _TorchFile:
             if len(programs) != 1:
                 raise ValueError("it is a zip without one data.pkl in it")
             prefix = programs[0].removesuffix("data.pkl")
-            if (order := entries.get(f"{prefix}byteorder")) and archive.open(order).read(8) != b"little":
+            order = entries.get(f"{prefix}byteorder")
+            if any(entry and entry.compress_type != zipfile.ZIP_STORED for entry in (order, entries[programs[0]])):
+                raise ValueError("it is compressed, which torch.save does not do")
+            if order and archive.open(order).read(8) != b"little":
                 raise ValueError("its numbers are not little-endian")
             if entries[programs[0]].file_size > MAX_PROGRAM:
                 raise ValueError(f"its pickle is larger than {MAX_PROGRAM:,} bytes")
@@ -245,6 +304,8 @@ class _TorchFile:
             raise ValueError("it is neither a zip nor a legacy file of torch.save with little-endian numbers")
         place = bounds[-1]
         for key in keys:
+            if not isinstance(key, str) or key not in self._storages:
+                raise ValueError("it lists a storage that no tensor has")
             storage = self._storages[key]
             file.seek(place)
             if int.from_bytes(file.read(8), "little") != storage.numel:
@@ -302,7 +363,7 @@ def _walk(contents: Any) -> Iterator[tuple[str, StoredTensor]]:
             yield name, node
             continue
         for key, child in _children(node):
-            if not isinstance(key, str) or len(name) > 1000:
+            if not isinstance(key, str) or len(name) + len(key) > _MAX_NAME:
                 continue
             nodes.append((f"{name}.{key}" if name else key, child, depth + 1))
 

@@ -155,6 +155,50 @@ def test_a_finetuned_beit_becomes_an_encoder_with_its_head(pooling: str, tmp_pat
     torch.testing.assert_close(model(tensors["in/images"]), tensors["out/logits"], **case["tolerance"])
 
 
+@pytest.mark.usefixtures("small_beits")
+def test_a_finetuned_beit_is_normalised_as_the_version_that_its_file_is_named_after(tmp_path: Path) -> None:
+    official = weights(load_case("beit", "finetune_mean_pooling_true")[1])
+    means = {"beit_base_ft1k.pth": (0.5, 0.5, 0.5), "beitv2_base_ft1k.pth": (0.485, 0.456, 0.406)}
+    for name, mean in means.items():
+        torch.save({"model": official}, tmp_path / name)
+        _import(tmp_path / name, tmp_path / "out")
+        assert load_encoder(tmp_path / "out").preprocessing.mean == mean
+
+
+def _vqkd_names(**more: Tensor) -> dict[str, Tensor]:
+    names = {"quantize.embedding.weight": torch.zeros(4, 2), "encode_task_layer.0.weight": torch.zeros(4, 4)}
+    return {**names, **{name.replace("__", "."): value for name, value in more.items()}}
+
+
+_NAMES_OF_DALLE = ("blocks.input.w", "blocks.input.b", "blocks.output.conv.w", "blocks.output.conv.b")
+HOSTILE: list[tuple[list[dict[str, Tensor]], str]] = [
+    ([_vqkd_names(encoder__patch_embed__proj__weight=torch.zeros(3))], "no weights of an official VQ-KD"),
+    ([_vqkd_names(encoder__blocks__0__attn__q_bias=torch.zeros(4))], r"v_bias is missing beside"),
+    (
+        [_vqkd_names(encoder__patch_embed__proj__weight=torch.zeros(16_384, 3, 1, 1),
+                     encoder__pos_embed=torch.zeros(1, 5, 1))],
+        "ask for other weights than it has",
+    ),
+    ([{name: torch.zeros(8_192, 3, 1, 1) for name in _NAMES_OF_DALLE}] * 2, "no weights of DALL·E's"),
+    ([{"cls_token": torch.zeros(1), "patch_embed.proj.weight": torch.zeros(2, 2), "blocks.0.attn.qkv.weight":
+       torch.zeros(2), "pos_embed": torch.zeros(1), "norm.weight": torch.zeros(1), "blocks.0.attn.qkv.bias":
+       torch.zeros(1)}], "have the names of a pretrained plain ViT.*but are none"),
+    ([{"cls_token": torch.zeros(1), "patch_embed.proj.weight": torch.zeros(2, 2), "blocks.0.attn.qkv.weight":
+       torch.zeros(2), "head.weight": torch.zeros(1), "blocks.0.attn.q_bias": torch.zeros(1)}], "fine-tuned BEiT"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("states", "sentence"), HOSTILE)
+def test_names_of_a_layout_with_tensors_of_none_are_a_sentence_and_take_no_memory(
+    states: list[dict[str, Tensor]], sentence: str, tmp_path: Path
+) -> None:
+    for number, state in enumerate(states):
+        torch.save(state, tmp_path / f"{number}.pth")
+    with pytest.raises(BadInput, match=sentence):
+        _import(*(tmp_path / f"{number}.pth" for number in range(len(states))), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_vqkd_checkpoint_becomes_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foreseen.tokenizers.vqkd_official._HEAD_DIM", 16)
     _, tensors = load_case("beit2", "vqkd")

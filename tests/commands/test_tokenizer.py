@@ -79,6 +79,7 @@ def test_it_ends_in_a_folder_with_numbers_a_sheet_and_a_verdict(train: Callable[
     assert (health["pictures"], health["codes"], health["codebook_size"]) == (37, 37 * 16, 4)
     assert f"{health['used']} of 4 codes used" in output
     assert "healthy" in output
+    assert "4×4 codes of 32×32 px" in output
     assert (tmp_path / "run/tokenizer/health.png").is_file()
     assert load_tokenizer(tmp_path / "run/tokenizer").health == health
 

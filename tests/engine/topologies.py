@@ -122,8 +122,8 @@ def begin_from_the_middle(whole: Path, folder: Path) -> None:
     """A run folder as if the run had been killed after its first checkpoint."""
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / f"checkpoints/step-{STEPS}")
-    for handed_over in ("encoder", "tokenizer"):
-        shutil.rmtree(folder / handed_over, ignore_errors=True)
+    # A run that hands on an encoder learns from its tokenizer, which was there before the first step.
+    shutil.rmtree(folder / ("encoder" if (folder / "encoder").exists() else "tokenizer"), ignore_errors=True)
 
 
 def main(out: Path, shards: Path, chosen: Sequence[str]) -> None:

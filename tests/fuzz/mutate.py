@@ -1,10 +1,14 @@
 """Small damage to bytes, text and JSON, drawn from a seeded generator: what files suffer, and what attackers write."""
 
 import copy
+import io
 import json
+import pickle
+import pickletools
 import random
 import struct
 import zlib
+from itertools import pairwise
 from typing import Any
 
 NUMBERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1)
@@ -78,6 +82,44 @@ def mutate_png(data: bytes, rng: random.Random) -> bytes:
     for kind, body in chunks:
         out += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     return out
+
+
+_OPERATIONS = (
+    pickle.REDUCE, pickle.BUILD, pickle.NEWOBJ, pickle.BINPERSID, pickle.SETITEM, pickle.SETITEMS, pickle.APPENDS,
+    pickle.TUPLE2, pickle.TUPLE, pickle.MARK, pickle.POP, pickle.NONE, pickle.EMPTY_DICT, pickle.EMPTY_TUPLE,
+    pickle.BINGET + b"\x01", pickle.BINGET + b"\x05", pickle.BINPUT + b"\x01", pickle.BININT + b"\xff\xff\xff\x7f",
+    pickle.LONG1 + b"\x08" + b"\xff" * 7 + b"\x7f", pickle.LONG1 + b"\x01\xff",
+)  # fmt: skip
+
+
+def mutate_pickle(data: bytes, rng: random.Random, *, skip: int = 0) -> bytes:
+    """Damage a program by whole instructions, so that what follows is still read as such.
+
+    Args:
+        data: programs one after another, and what follows them.
+        rng: draws the damage.
+        skip: so many programs are left as they are.
+    """
+    source = io.BytesIO(data)
+    for _ in range(skip):
+        for _instruction in pickletools.genops(source):
+            pass
+    begin = source.tell()
+    places = [place for _, _, place in pickletools.genops(source) if place is not None]
+    end = source.tell()
+    program = [data[first:last] for first, last in pairwise([*places, end])]
+    for _ in range(rng.randint(1, 4)):
+        at, length = rng.randrange(1, len(program)), rng.choice((1, 1, 2, 5, 20))
+        change = rng.randrange(4)
+        if change == 0:
+            del program[at : at + length]
+        elif change == 1:
+            program[at:at] = program[rng.randrange(len(program)) :][:length]
+        else:
+            program[at:at] = rng.choices(_OPERATIONS, k=rng.choice((1, 1, 3)))
+        if len(program) < 2:
+            break
+    return data[:begin] + b"".join(program) + data[end:]
 
 
 def mutate_text(text: str, rng: random.Random) -> str:

@@ -3,15 +3,18 @@
 To read may end well, or in our own words: BadInput, or CorruptSample for one sample. Anything else is a fault.
 """
 
+import argparse
 import bz2
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import lzma
 import random
 import struct
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -50,9 +53,15 @@ from foreseen.engine.recorder import Record
 from foreseen.engine.run_folder import record_start
 from foreseen.engine.unreadable import FILE_NAME, UnreadableList
 from foreseen.handoff.encoder import load_encoder
+from foreseen.handoff.weight_files import open_weights
 from foreseen.masked import masked
 from foreseen.printable import printable
-from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_png, mutate_text
+from foreseen.tokenizers.dvae import DVAE
+from foreseen.tokenizers.folder import load_tokenizer
+from foreseen.tokenizers.fsq import FSQ
+from foreseen.tokenizers.pixel_clusters import PixelClusters
+from foreseen.tokenizers.vqkd import VQKD
+from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_pickle, mutate_png, mutate_text
 
 
 @dataclass(frozen=True)
@@ -657,6 +666,83 @@ def _read_encoder(data: bytes, folder: Path) -> None:
     load_encoder(folder)
 
 
+_NETWORK = {"groups": 2, "blocks": 1, "width": 4, "decoder_input": 4}
+_VIT = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+
+
+@cache
+def _tokenizers() -> list[tuple[dict[str, Any], bytes]]:
+    """config.json and weights of a small tokenizer of every kind."""
+    made = (
+        PixelClusters(4, 4, (16, 16)), DVAE(8, (16, 16), _NETWORK), FSQ([4, 3], (16, 16), _NETWORK),
+        VQKD(architecture="vit_tiny_patch16_224", model_args=_VIT, input_size=(16, 16), codebook_size=8, code_dim=4),
+    )  # fmt: skip
+    found = []
+    for tokenizer in made:
+        weights = save_tensors({name: tensor.contiguous() for name, tensor in tokenizer.state_dict().items()})
+        described = {
+            "format": 1, "kind": tokenizer.kind, "codebook_size": tokenizer.codebook_size,
+            "arguments": tokenizer.arguments(), "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        }  # fmt: skip
+        found.append((described, weights))
+    return found
+
+
+def _make_tokenizer(rng: random.Random) -> bytes:
+    number = rng.randrange(len(_tokenizers()))
+    described = _tokenizers()[number][0]
+    if rng.random() < 0.3:
+        return bytes([number]) + mutate_json(described, rng)
+    arguments = mutate_json(described["arguments"], rng)  # where most of what can go wrong lies
+    return bytes([number]) + json.dumps(described | {"arguments": "HERE"}).encode().replace(b'"HERE"', arguments)
+
+
+def _read_tokenizer(data: bytes, folder: Path) -> None:
+    (folder / "config.json").write_bytes(data[1:])
+    (folder / "model.safetensors").write_bytes(_tokenizers()[data[0]][1])
+    tokenizer = load_tokenizer(folder).tokenizer
+    tokenizer.encode(torch.zeros(1, 3, *tokenizer.input_for((2, 2))))
+
+
+@cache
+def _saved() -> list[bytes]:
+    """Files of torch.save, zip and legacy: a checkpoint with more than weights, and a whole module."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    kept = {"model": module.state_dict(), "args": argparse.Namespace(lr=1.0), "rates": [0.1, (1, 2)], "epoch": 3}
+    files = []
+    for what in (kept, module):
+        for zipped in (True, False):
+            out = io.BytesIO()
+            torch.save(what, out, _use_new_zipfile_serialization=zipped)
+            files.append(out.getvalue())
+    return files
+
+
+def _make_saved(rng: random.Random) -> bytes:
+    data = rng.choice(_saved())
+    if not data.startswith(b"PK"):
+        kind = rng.random()  # the fourth program is what was saved; the fifth lists the storages
+        return (
+            mutate_pickle(data, rng, skip=rng.choice((3, 3, 4))) if kind < 0.7 else mutate_bytes(data, rng, head=1000)
+        )
+    if rng.random() < 0.3:
+        return mutate_bytes(data, rng)
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                content = mutate_pickle(content, rng) if rng.random() < 0.7 else mutate_bytes(content, rng)
+            new.writestr(zipfile.ZipInfo(entry.filename), content)
+    return out.getvalue()
+
+
+def _read_saved(data: bytes, folder: Path) -> None:
+    (folder / "a.pth").write_bytes(data)
+    for tensor in open_weights(folder / "a.pth").tensors.values():
+        tensor.load()
+
+
 TARGETS: dict[str, Target] = {
     **{
         kind: Target(_make_picture(kind), _read_picture)
@@ -677,6 +763,8 @@ TARGETS: dict[str, Target] = {
     "tensors": Target(_make_tensors, _read_tensors),
     "run folder": Target(_make_run_json, _read_run_json),
     "encoder": Target(_make_encoder, _read_encoder),
+    "tokenizer": Target(_make_tokenizer, _read_tokenizer),
+    "file of torch.save": Target(_make_saved, _read_saved),
     "tar source": Target(_make_foreign_tar, _read_as_source),
     "tar index": Target(_make_foreign_tar, _read_as_index),
     "compressed tar": Target(_make_compressed, _read_compressed),

@@ -136,7 +136,7 @@ def test_nothing_named_is_called(zipped: bool, hostile: Callable[[str], Any], tm
 
 def _zip(program: bytes, file: Path, compression: int = zipfile.ZIP_STORED, **storages: bytes) -> Path:
     with zipfile.ZipFile(file, "w", compression) as archive:
-        archive.writestr("a/data.pkl", program)
+        archive.writestr("a/data.pkl", program, zipfile.ZIP_STORED if storages else compression)
         for name, data in storages.items():
             archive.writestr(f"a/data/{name.removeprefix('_')}", data)
     return file
@@ -210,7 +210,10 @@ def test_many_views_of_one_storage_do_not_add_up_to_more_than_the_file(tmp_path:
         (b"\x80\x02}Q.", "refers to something that is no storage"),
         (b"\x80\x02(cposix\nsystem\nX\x05\x00\x00\x00falseo.", "the instruction OBJ"),
         # The state of one of the reader's own functions.
-        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x05\x00\x00\x00a____K\x01s\x86b.", "it changes a function"),
+        (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x05\x00\x00\x00a____K\x01s\x86b.",
+            "it changes what was checked",
+        ),
     ],
 )
 def test_programs_that_torch_does_not_write_are_refused(program: bytes, sentence: str, tmp_path: Path) -> None:
@@ -235,6 +238,67 @@ def test_a_program_is_bounded_in_size_names_and_nesting(tmp_path: Path, monkeypa
     monkeypatch.setattr(inert_pickle, "MAX_PROGRAM", 100)
     with pytest.raises(BadInput, match="larger than 100 bytes"):
         read_tensors(_zip(b"\x80\x02" + b"N0" * 100 + b"N.", tmp_path / "a.pth"))
+
+
+def _text(word: str) -> bytes:
+    return b"X" + len(word).to_bytes(4, "little") + word.encode()
+
+
+_DOUBLING = b"N" + b"\x85q\x00h\x00\x86" * 60  # a pair of the last pair, sixty times: 2**60 of them to hash or to write
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [
+        (b"\x80\x02}" + _DOUBLING + b"Ns.", None),  # a key
+        (b"\x80\x02}(" + _DOUBLING + b"Nu.", None),
+        (b"\x80\x02ccollections\nOrderedDict\n](" + _DOUBLING + b"N\x86e\x85R.", None),
+        (b"\x80\x02}" + b"N" + b"\x85" * 500_000 + b"Ns.", None),  # whose hash would be deeper than the stack
+        (b"\x80\x02(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text("0") + _text("cpu") + _DOUBLING + b"tQ.",
+         "a tuple where a size is due"),
+        # One list of 200,000, for each of 100,000 calls.
+        (b"\x80\x02cm\nn\nq\x01(" + b"N" * 200_000 + b"tq\x02" + b"h\x01h\x02R" * 100_000 + b".",
+         "calls have more than"),
+        (b"\x80\x02ccollections\nOrderedDict\nq\x01](" + b"(K\x01Nt" * 50_000 + b"e\x85q\x02" + b"h\x01h\x02R" * 100_000
+         + b".", "calls have more than"),
+    ],
+)  # fmt: skip
+def test_small_programs_that_would_never_end_or_fill_memory_do_not(
+    program: bytes, sentence: str | None, tmp_path: Path
+) -> None:
+    file = _zip(program, tmp_path / "a.pth")
+    if sentence is None:
+        assert read_tensors(file) == {}
+    else:
+        with pytest.raises(BadInput, match=sentence):
+            read_tensors(file)
+
+
+def test_long_names_are_not_multiplied(tmp_path: Path) -> None:
+    """A key of a megabyte on the way to each of ten thousand tensors."""
+    inner = {"k" * (1 << 20): torch.zeros(1), "w": torch.zeros(1)}
+    found = read_tensors(_save({str(number): inner for number in range(10_000)}, tmp_path / "a.pth", True))
+    assert found.keys() == {f"{number}.w" for number in range(10_000)}
+
+
+@pytest.mark.parametrize(
+    "state", [{"shape": (1 << 40,), "_stride": (0,)}, {"shape": (-(1 << 40),)}, {"_first": 1 << 20}, {"_file": None}]
+)
+def test_a_tensor_is_not_changed_after_it_was_checked(state: dict[str, Any], tmp_path: Path) -> None:
+    """Pickle's BUILD writes into the dictionary of whatever has no method against it."""
+    checked = _tensor_program((2, 3), (3, 1), 6)
+    changed = pickle.dumps(state, 2)[2:-1]
+    at = checked.rindex(b"s.")  # where "w" and its tensor are put into the dict
+    file = _zip(checked[:at] + changed + b"b" + checked[at:], tmp_path / "a.pth", _0=bytes(24))
+    with pytest.raises(BadInput, match="it changes what was checked"):
+        read_tensors(file)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compressed_program_is_refused_before_it_is_unpacked(compression: int, tmp_path: Path) -> None:
+    """A dictionary of LZMA may be of 4 GB, whatever lies in it."""
+    with pytest.raises(BadInput, match="it is compressed, which torch.save does not do"):
+        read_tensors(_zip(b"\x80\x02N.", tmp_path / "a.pth", compression))
 
 
 @ZIP

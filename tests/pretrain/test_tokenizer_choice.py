@@ -148,6 +148,21 @@ def test_what_was_measured_on_the_same_pictures_is_not_measured_again(
     ).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("sheet", ["text", "large", "missing"])
+def test_a_sheet_that_is_none_or_a_bomb_is_drawn_anew(
+    sheet: str, run: Path, small_shards: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    folder = named(Start(tmp_path / "first", small_shards).make())
+    drawn = (tmp_path / "first/tokenizer_health.png").read_bytes()
+    (folder / "health.png").unlink()
+    if sheet == "text":
+        (folder / "health.png").write_text("no picture", encoding="utf-8")
+    elif sheet == "large":
+        Image.new("1", (9000, 9000)).save(folder / "health.png")
+    Start(run, small_shards, tokenizer=str(folder)).make()
+    assert (run / "tokenizer_health.png").read_bytes() == drawn
+
+
 def test_too_few_different_patches_are_told(
     run: Path, small_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip

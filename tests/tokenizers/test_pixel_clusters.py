@@ -137,6 +137,8 @@ def test_what_cannot_be_clustered_is_refused_with_numbers(cut: Cut) -> None:
         fit(cut, size=30)
     with pytest.raises(BadInput, match="at least 2, got 1"):
         fit(cut, clusters=1)
+    with pytest.raises(BadInput, match="the 144 patches of 4×4 px that were looked at are all the same"):
+        fit(cut_of_images(torch.full((4, 3, 24, 24), 7, dtype=torch.uint8)))
 
 
 def test_looking_sees_each_picture_once(cut: Cut) -> None:
