@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 METHODS = [method for _, method in methods() if method not in EXEMPT]
 CUTS = [(ranks, accumulation) for ranks in WORLDS for accumulation in ACCUMULATIONS]
 MOST_RANKS = WORLDS[-1]
+# Rounding to levels makes a whole step of the last bit of a number that lies between two of them.
+SINGLE_PRECISION = {"fsq": 1e-4}
 ON_MOST_RANKS = ("mae", "supervised")  # the others take many minutes there
 
 
@@ -89,7 +91,7 @@ def test_in_single_precision_only_rounding_differs(runs: Path, method: str, rank
     one, two = (history(_folder(runs, method, Topology(r, 2, precision="fp32"))) for r in (1, ranks))
     assert relative(one.losses, two.losses) < 1e-5
     assert relative(one.norms, two.norms) < 1e-5
-    assert weight_distance(one, two) < 1e-5
+    assert weight_distance(one, two) < SINGLE_PRECISION.get(method, 1e-5)
 
 
 @pytest.mark.parametrize(("method", "ranks"), cases([(ranks,) for ranks in WORLDS]))
