@@ -47,7 +47,7 @@ def predict(
     import sys
     from contextlib import nullcontext
 
-    from foreseen.commands.alone import start_alone
+    from foreseen.commands.alone import batch_size_advice, start_alone
     from foreseen.commands.outputs import complete_file
     from foreseen.data.open_source import SourceOptions
     from foreseen.data.pictures import open_one_split
@@ -65,7 +65,7 @@ def predict(
     lines = _lines(classifier, found, accelerator, compute, top_k=top_k, batch_size=batch_size, workers=workers)
     problems: list[Problem] = []
     count = 0
-    with nullcontext(sys.stdout) if out is None else complete_file(out) as file:
+    with batch_size_advice(batch_size), nullcontext(sys.stdout) if out is None else complete_file(out) as file:
         write = _as_csv(file, found.key, top_k) if out is None or out.suffix == ".csv" else _as_json(file, found.key)
         for line in lines:
             write(line)

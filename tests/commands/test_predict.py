@@ -191,6 +191,25 @@ def test_bad_input_is_a_sentence(run: Path, picture_folder: Path, small_shards: 
             _predict(*arguments)
 
 
+def test_memory_that_runs_out_is_a_sentence_and_leaves_no_file(
+    run: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = timm.models.VisionTransformer.forward
+
+    def hungry(self, images):  # type: ignore[no-untyped-def]
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images)
+
+    monkeypatch.setattr(timm.models.VisionTransformer, "forward", hungry)
+    out = tmp_path / "out.csv"
+    with pytest.raises(BadInput, match="memory ran out at --batch-size 64; give a smaller one"):
+        _predict(run, picture_folder, "--out", out)
+    assert list(tmp_path.iterdir()) == []
+    _predict(run, picture_folder, "--out", out, "--batch-size", 4)
+    assert out.is_file()
+
+
 def test_an_encoder_without_a_head_is_refused(picture_folder: Path, tmp_path: Path) -> None:
     from foreseen.handoff.encoder import Preprocessing, save_encoder
     from foreseen.models.backbone import create_backbone
