@@ -7,7 +7,7 @@ other, and averages both heads' logits when it is used; any other timm classifie
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 from timm.models.deit import VisionTransformerDistilled
@@ -52,6 +52,13 @@ class DistillOptions(SupervisedOptions):
         """The same training on labels alone, and the teacher."""
         shared = {key: getattr(self, key) for key in SupervisedOptions.model_fields if key != "name"}
         return SupervisedOptions(**shared), self.teacher
+
+
+class Shown(NamedTuple):
+    """Of a micro-batch: the student's images as `augment` gives them [B, 3, H, W], and the teacher's logits [B, K]."""
+
+    images: Tensor
+    logits: Tensor
 
 
 class Distill(Supervised):
@@ -100,22 +107,26 @@ class Distill(Supervised):
         """One augmented crop per image and its label; at the teacher's size, too, where that is another."""
         return replace(super().request, views=self.crop.views)
 
-    def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> list[Tensor]:
-        """The teacher's logits, [B, K] per micro-batch."""
-        return [exact(self.teacher.network(self.teacher_images(batch))) for batch in micro_batches]
+    def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> list[Shown]:
+        """What the student will see, erased and mixed once for both, and what the teacher makes of it."""
+        found = []
+        for batch in micro_batches:
+            images = self.augment(batch)
+            found.append(Shown(images, exact(self.teacher.network(self.teacher_images(batch, images)))))
+        return found
 
-    def forward(self, batch: Batch, prepared: Tensor, progress: Progress) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, prepared: Shown, progress: Progress) -> dict[str, Tensor]:
         """The weighted sum of the labels' and the teacher's loss."""
         with draw_drop_path(self.model, subkey(batch.key, "drop_path")):
-            found = self.model(self.augment(batch))
+            found = self.model(prepared.images)
         for_labels, for_teacher = map(exact, found if isinstance(found, tuple) else (found, found))
         labels = self.label_loss(for_labels, batch)
-        teacher = self.teacher_loss(for_teacher, prepared)
+        teacher = self.teacher_loss(for_teacher, prepared.logits)
         weight = self.options.weight
         loss = (1 - weight) * labels + weight * teacher
         parts = {"loss": loss, "labels": labels, "teacher": teacher} | self.accuracy(for_labels, batch)
         if "top1" in parts:
-            parts["teacher_top1"] = self.accuracy(prepared, batch)["top1"]
+            parts["teacher_top1"] = self.accuracy(prepared.logits, batch)["top1"]
         return parts
 
     def teacher_loss(self, logits: Tensor, teacher: Tensor) -> Tensor:
@@ -125,10 +136,10 @@ class Distill(Supervised):
             return hard_distillation(logits, teacher)
         return soft_distillation(logits, teacher, tau=options.tau, mean=options.soft_mean)
 
-    def teacher_images(self, batch: Batch) -> Tensor:
-        """What the teacher is shown: what `augment` gives, at the teacher's size and normalisation."""
+    def teacher_images(self, batch: Batch, augmented: Tensor) -> Tensor:
+        """What the teacher is shown: what `augment` gave, at the teacher's size and normalisation."""
         if self.crop.view is None:
-            return self.crop.normalised(self.augment(batch))
+            return self.crop.normalised(augmented)
         images, scale = self.crop.images(batch), (self.view.size, self.crop.size)
         if "erase" in batch.draws:
             images = erase(images, scale_boxes(batch.draws["erase"], *scale), batch.key)

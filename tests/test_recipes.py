@@ -10,6 +10,7 @@ from foreseen.commands.verbs import load_recipe
 from foreseen.engine.schedule import scaled_lr
 from foreseen.finetune.distill import Distill
 from foreseen.finetune.supervised import Supervised
+from foreseen.models.drop_path import drop_path_modules
 from foreseen.pretrain.beit import BEiT
 from foreseen.pretrain.mae import MAE
 from foreseen.pretrain.methods import METHODS
@@ -152,6 +153,8 @@ def test_deit3_small_is_trained_as_published() -> None:
     assert lr == pytest.approx(4e-3)
     config = load_recipe("finetune", "deit3_s16")
     assert (config.batch.global_size, config.run.epochs, config.optim.name) == (2048, 800, "lamb")
+    # The same in all blocks, for both paths of each (models_v2.py).
+    assert [module.rate for module in drop_path_modules(objective.model)] == [0.05] * 24
     assert objective.evaluation_request().views[0].centre_fraction == 1.0
 
 

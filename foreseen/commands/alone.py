@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, get_args
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from accelerate import Accelerator
 
     from foreseen.config import Compute
@@ -30,3 +32,11 @@ def start_alone(name: str, precision: str) -> "tuple[Accelerator, Compute]":
     if accelerator.num_processes > 1:
         raise BadInput(f"foreseen {name} is one process: start it without a launcher")
     return accelerator, compute
+
+
+def batch_size_advice(batch_size: int) -> "AbstractContextManager[None]":
+    """Turn running out of memory in a command with --batch-size into a sentence; nothing it makes depends on that."""
+    from foreseen.engine.memory import memory_advice
+
+    less = "give a smaller one" if batch_size > 1 else "take a machine with more"
+    return memory_advice(f"at --batch-size {batch_size}", lambda: less)

@@ -274,30 +274,36 @@ def _start_of(encoder: "EncoderFolder") -> str | None:
 
 
 def claim_folder(config: "Config") -> None:
-    """Note in the run folder which encoder is compared there, and refuse a folder of another one.
+    """Note in the run folder which encoder, or teacher and encoder, is compared there, and refuse a folder of others.
 
-    The encoder is known by its weights: the same path may hold another one by now.
+    They are known by their weights: the same path may hold others by now.
     """
-    import hashlib
-
     from foreseen.files import write_atomically
 
     if not is_main_rank():
         return
     subject = Subject.of(config)
-    weights = subject.folder / "model.safetensors"
-    digest = subject.source or ""
-    if weights.is_file():
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    sources = [subject.source] if subject.student is None else [subject.source, config.model.init_from]
+    digest = " ".join(_weights_of(source) for source in sources if source is not None)
     note = config.run.dir / "encoder.sha256"
     config.run.dir.mkdir(parents=True, exist_ok=True)
     if note.is_file() and note.read_text(encoding="utf-8").strip() != digest:
         raise BadInput(
-            f"run.dir {config.run.dir} holds the controls of another encoder than {subject.source}; "
-            "take another run.dir"
+            f"run.dir {config.run.dir} holds the controls of another encoder than "
+            f"{' and '.join(source for source in sources if source is not None)}; take another run.dir"
         )
     write_atomically(note, digest + "\n")
+
+
+def _weights_of(source: str) -> str:
+    """The checksum of a folder's weights; public ones go by their name."""
+    import hashlib
+
+    weights = Path(source) / "model.safetensors"
+    if not weights.is_file():
+        return source
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_runs(

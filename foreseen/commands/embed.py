@@ -50,7 +50,7 @@ def embed(
     """
     import numpy as np
 
-    from foreseen.commands.alone import start_alone
+    from foreseen.commands.alone import batch_size_advice, start_alone
     from foreseen.commands.embedding_files import SUFFIXES, Id, Layout, embedding_file
     from foreseen.data.open_source import SourceOptions
     from foreseen.data.pictures import open_one_split
@@ -72,7 +72,7 @@ def embed(
     problems: list[Problem] = []
     written = 0
     shapes = _shapes(frozen, kinds, accelerator, compute)
-    with embedding_file(out, Layout(shapes, np.dtype(dtype))) as writing:
+    with batch_size_advice(batch_size), embedding_file(out, Layout(shapes, np.dtype(dtype))) as writing:
         for batch, values in batches:
             problems.extend(batch.problems)
             if len(batch):

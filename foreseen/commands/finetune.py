@@ -146,7 +146,6 @@ def _finish(
     from foreseen.data.batch import BatchLayout
     from foreseen.engine.job import load_best
     from foreseen.engine.memory import advise_on_scores, memory_advice
-    from foreseen.engine.predictions import PredictionKeeper
     from foreseen.handoff.encoder import Preprocessing, save_encoder
     from foreseen.handoff.lineage import describe_lineage
 
@@ -155,8 +154,7 @@ def _finish(
     layout = BatchLayout(config.batch.global_size, size, accelerator.num_processes)
     advice = partial(advise_on_scores, layout, objective.group)
     with memory_advice(f"in the test split at batch.micro_size {size}", advice):
-        keep = PredictionKeeper()
-        result, judged = _score(job, outcome, accelerator, size, shards, leak, keep)
+        result, judged, keep = _score(job, outcome, accelerator, size, shards, leak)
         found = keep.gather(accelerator)
     if not accelerator.is_main_process:
         return
@@ -174,10 +172,9 @@ def _finish(
 
 
 def _score(
-    job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int, train: "ShardSet", leak: "Leak | None",
-    keep: "PredictionKeeper",
-) -> "tuple[dict[str, Any], ShardSet]":  # fmt: skip
-    """Write result.json; the result, and the split that `keep` has seen: test, or validation where there is no test."""
+    job: "Job", outcome: "Outcome", accelerator: "Accelerator", size: int, train: "ShardSet", leak: "Leak | None"
+) -> "tuple[dict[str, Any], ShardSet, PredictionKeeper]":  # fmt: skip
+    """Write result.json; the result, and the split that was scored: test, or validation where that cannot be."""
     import json
 
     from foreseen.commands.labelled_data import describe_leak
@@ -186,10 +183,12 @@ def _score(
     from foreseen.data.loader import BatchBuilder, SweepDataset
     from foreseen.engine.checkpoint import Checkpoints
     from foreseen.engine.evaluate import evaluate
+    from foreseen.engine.predictions import PredictionKeeper
     from foreseen.engine.resume import describe_data
     from foreseen.engine.unreadable import UnreadableList
     from foreseen.errors import BadInput
     from foreseen.files import write_atomically
+    from foreseen.printable import printable
 
     config = job.config
     assert job.validation is not None
@@ -203,6 +202,8 @@ def _score(
         "validation": {"top1": best[1] if best else None, "count": validation},
     }
     notes: list[str] = []
+
+    keep = PredictionKeeper()
 
     def score(sweep: "SweepDataset", use: str) -> dict[str, float]:
         problems: list[Problem] = []
@@ -228,8 +229,11 @@ def _score(
         result["test"] = score(SweepDataset(judge, size, rank=rank, ranks=ranks), "test")
     except BadInput as error:
         accelerator.print(f"no test score: {error}")
-        judged = train
-        notes.append("These are the validation pictures, by which the weights were chosen, as there is no test split.")
+        judged, keep = train, PredictionKeeper()  # the other may have seen some test pictures
+        notes = [
+            "These are the validation pictures, by which the weights were chosen, as there is no test score: "
+            f"{printable(str(error))}."
+        ]
         score(job.validation, "validation")
     else:
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["test"].items())
@@ -237,4 +241,4 @@ def _score(
     result["notes"] = " ".join(notes)
     if accelerator.is_main_process:
         write_atomically(config.run.dir / "result.json", json.dumps(result, indent=2) + "\n")
-    return result, judged
+    return result, judged, keep

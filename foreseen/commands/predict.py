@@ -47,7 +47,7 @@ def predict(
     import sys
     from contextlib import nullcontext
 
-    from foreseen.commands.alone import start_alone
+    from foreseen.commands.alone import batch_size_advice, start_alone
     from foreseen.commands.outputs import complete_file
     from foreseen.data.open_source import SourceOptions
     from foreseen.data.pictures import open_one_split
@@ -65,8 +65,8 @@ def predict(
     lines = _lines(classifier, found, accelerator, compute, top_k=top_k, batch_size=batch_size, workers=workers)
     problems: list[Problem] = []
     count = 0
-    with nullcontext(sys.stdout) if out is None else complete_file(out) as file:
-        write = _as_csv(file, top_k) if out is None or out.suffix == ".csv" else _as_json(file)
+    with batch_size_advice(batch_size), nullcontext(sys.stdout) if out is None else complete_file(out) as file:
+        write = _as_csv(file, found.key, top_k) if out is None or out.suffix == ".csv" else _as_json(file, found.key)
         for line in lines:
             write(line)
             count += 1
@@ -90,9 +90,10 @@ def _lines(
     from foreseen.data.sweep_pictures import PictureSweep
     from foreseen.data.views import Request, finish
     from foreseen.engine.launch import autocast, choose_attention, image_dtype
+    from foreseen.printable import printable
 
     device = accelerator.device
-    names = classifier.class_names or tuple(map(str, range(classifier.num_classes)))
+    names = [printable(name) for name in classifier.class_names or map(str, range(classifier.num_classes))]
     model = classifier.model.to(device)
     choose_attention(model, device)
     view = classifier.preprocessing.view()
@@ -115,7 +116,7 @@ def _lines(
         yield from sorted(rows, key=lambda row: row["sample"] if isinstance(row, dict) else row.sample)
 
 
-def _as_csv(file: IO[str], top_k: int) -> "Callable[[Line], None]":
+def _as_csv(file: IO[str], key: "Callable[[int], str]", top_k: int) -> "Callable[[Line], None]":
     """What writes a line of `_lines` as one of CSV; the head is written at once."""
     import csv
 
@@ -128,12 +129,12 @@ def _as_csv(file: IO[str], top_k: int) -> "Callable[[Line], None]":
             cells = [cell for entry in line["top"] for cell in (entry["class"], f"{entry['probability']:.6g}")]
             writer.writerow([line["path"], line["key"], *cells, ""])
         else:
-            writer.writerow([line.key, "", *[""] * (2 * top_k), line.reason])
+            writer.writerow([line.key, key(line.sample), *[""] * (2 * top_k), line.reason])
 
     return write
 
 
-def _as_json(file: IO[str]) -> "Callable[[Line], None]":
+def _as_json(file: IO[str], key: "Callable[[int], str]") -> "Callable[[Line], None]":
     """What writes a line of `_lines` as one of JSON."""
     import json
 
@@ -143,7 +144,7 @@ def _as_json(file: IO[str]) -> "Callable[[Line], None]":
             said = {"path": line["path"], "key": line["key"], "prediction": first["class"]}
             said |= {"probability": first["probability"], "top": line["top"]}
         else:
-            said = {"path": line.key, "error": line.reason}
+            said = {"path": line.key, "key": key(line.sample), "error": line.reason}
         file.write(json.dumps(said, ensure_ascii=False) + "\n")
 
     return write

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreseen.commands.html_page import figure, table, write_html
+from foreseen.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,7 @@ _LISTED = 200  # mistakes by name: each is looked up in its shard, which may lie
 _PAIRS = 20
 _MATRIX_SHOWN = 50  # classes; a larger one no one can read
 _MATRIX_WRITTEN = 2000
+_CLASSES_SHOWN = 1000
 
 
 def write_report(folder: Path, shards: "ShardSet", found: "Predictions", *, what: str, num_classes: int) -> Path:
@@ -45,26 +47,25 @@ def write_report(folder: Path, shards: "ShardSet", found: "Predictions", *, what
     """
     out = folder / FOLDER
     out.mkdir(exist_ok=True)
-    names = list(shards.classes or map(str, range(num_classes)))
-    confusion = found.confusion(num_classes)
-    classes = _per_class(confusion, names)
+    names = [printable(name) for name in shards.classes or map(str, range(num_classes))]
+    classes = _per_class(found, names)
     mistakes = _mistakes(shards, found, names)
     if num_classes <= _MATRIX_WRITTEN:
-        rows = ([name, *map(str, row)] for name, row in zip(names, confusion.tolist(), strict=True))
+        counts = found.confusion(num_classes).tolist()
+        rows = ([name, *map(str, row)] for name, row in zip(names, counts, strict=True))
         _write_csv(out / "confusion.csv", ["label", *names], rows)
     _write_csv(out / "classes.csv", list(classes[0]), (list(map(_text, row.values())) for row in classes))
     columns = ["path", "key", "label", "predicted", "probability", "label_probability"]
     _write_csv(out / "mistakes.csv", columns, ([_text(row[name]) for name in columns] for row in mistakes))
     page = out / "index.html"
-    write_html(page, f"{folder.name}: what it gets wrong", _page(shards, confusion, classes, mistakes, what))
+    write_html(page, f"{folder.name}: what it gets wrong", _page(shards, found, classes, mistakes, what))
     return page
 
 
 def _page(
-    shards: "ShardSet", confusion: "NDArray[np.int64]", classes: list[dict[str, Any]], mistakes: list[dict[str, Any]],
-    what: str,
+    shards: "ShardSet", found: "Predictions", classes: list[dict[str, Any]], mistakes: list[dict[str, Any]], what: str
 ) -> Iterable[str]:  # fmt: skip
-    right, count = int(confusion.trace()), int(confusion.sum())
+    right, count = sum(row["right"] for row in classes), len(found)
     recalls = [row["recall"] for row in classes if row["recall"] is not None]
     yield "<h1>What it gets wrong</h1>"
     yield (
@@ -72,32 +73,41 @@ def _page(
         f"{len(recalls):,} classes {sum(recalls) / len(recalls):.1%}.</p><p>{html.escape(what)}</p>"
     )
     names = [row["class"] for row in classes]
-    if pairs := _confused(confusion, names):
+    sizes = [row["n"] for row in classes]
+    if pairs := [
+        [names[label], names[taken], str(times), str(sizes[label])]
+        for label, taken, times in found.confused()[:_PAIRS].tolist()
+    ]:
         yield "<h2>Most often confused</h2>"
         yield table(["pictures of", "taken for", "times", "of"], pairs)
     if len(names) <= _MATRIX_SHOWN:
         yield "<h2>Confusion matrix</h2><p>A row holds the pictures of a class, a column what they were taken for.</p>"
-        yield _matrix(confusion, names)
+        yield _matrix(found.confusion(len(names)), names)
     yield "<h2>Classes, the lowest recall first</h2>"
+    if len(classes) > _CLASSES_SHOWN:
+        yield f"<p>{_CLASSES_SHOWN:,} of {len(classes):,}; classes.csv has all.</p>"
     ordered = sorted(classes, key=lambda row: 2.0 if row["recall"] is None else row["recall"])
     yield table(
         ["class", "n", "recall", "precision", "F1"],
         (
             [row["class"], str(row["n"]), *(_percent(row[key]) for key in ("recall", "precision", "f1"))]
-            for row in ordered
+            for row in ordered[:_CLASSES_SHOWN]
         ),
     )
     yield f"<h2>The worst of {count - right:,} mistakes</h2>"
     yield f"<div class=tiles>{''.join(_tile(shards, row) for row in mistakes[:_SHOWN])}</div>"
 
 
-def _per_class(confusion: "NDArray[np.int64]", names: Sequence[str]) -> list[dict[str, Any]]:
+def _per_class(found: "Predictions", names: Sequence[str]) -> list[dict[str, Any]]:
     """One row a class; a share of nothing is None."""
+    import numpy as np
+
+    of_classes, taken_for, rights = (
+        np.bincount(numbers, minlength=len(names)).tolist()
+        for numbers in (found.label, found.predicted, found.label[found.label == found.predicted])
+    )
     rows = []
-    for number, name in enumerate(names):
-        right, of_class, taken = (
-            int(part) for part in (confusion[number, number], confusion[number].sum(), confusion[:, number].sum())
-        )
+    for name, of_class, taken, right in zip(names, of_classes, taken_for, rights, strict=True):
         rows.append(
             {
                 "class": name,
@@ -128,19 +138,6 @@ def _mistakes(shards: "ShardSet", found: "Predictions", names: Sequence[str]) ->
             }
         )
     return rows
-
-
-def _confused(confusion: "NDArray[np.int64]", names: Sequence[str]) -> list[list[str]]:
-    import numpy as np
-
-    off = confusion.copy()
-    np.fill_diagonal(off, 0)
-    places = np.argsort(-off, axis=None, kind="stable")[:_PAIRS]
-    found = []
-    for label, taken in zip(*np.unravel_index(places, off.shape), strict=True):
-        if off[label, taken]:
-            found.append([names[label], names[taken], str(off[label, taken]), str(confusion[label].sum())])
-    return found
 
 
 def _matrix(confusion: "NDArray[np.int64]", names: Sequence[str]) -> str:

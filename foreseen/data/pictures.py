@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,7 +67,7 @@ class ListedPictures:
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
+    @cached_property
     def labels(self) -> NDArray[np.int32] | None:
         """See `Pictures`."""
         found = np.array([-1 if sample.label is None else sample.label for sample in self.samples], np.int32)
@@ -129,11 +130,11 @@ class OneSplit:
         return ""
 
     def label(self, sample: int) -> str | None:
-        """The name, or else the number, of a picture's class; None where it has none."""
+        """The name, or else the number, of a picture's class, fit to be shown; None where it has none."""
         labels = self.pictures.labels
         if labels is None or labels[sample] < 0:
             return None
-        return self.classes[labels[sample]] if self.classes else str(labels[sample])
+        return printable(self.classes[labels[sample]]) if self.classes else str(labels[sample])
 
 
 def open_one_split(src: str, split: str | None, options: SourceOptions, say: Callable[[str], None]) -> OneSplit:

@@ -4,13 +4,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from foreseen.models.frozen import Frozen
+
 
 def batch_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """The running statistics and counters of every BatchNorm in a module, by name, as they are and not copied."""
+    """The running statistics and counters of every BatchNorm in a module, by name, as they are and not copied.
+
+    Those of a `Frozen` network are left out, as no forward moves them.
+    """
+    still = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Frozen))
     return {
         f"{name}.{which}": statistic
         for name, part in module.named_modules()
-        if isinstance(part, _BatchNorm)
+        if isinstance(part, _BatchNorm) and not name.startswith(still)
         for which, statistic in part.named_buffers(recurse=False)
     }
 

@@ -38,7 +38,13 @@ class Predictions:
     def confusion(self, num_classes: int) -> NDArray[np.int64]:
         """How many samples of each class (row) were taken for each class (column), [K, K]."""
         counts = np.bincount(self.label * num_classes + self.predicted, minlength=num_classes**2)
-        return counts.reshape(num_classes, num_classes).astype(np.int64)
+        return counts.reshape(num_classes, num_classes).astype(np.int64, copy=False)
+
+    def confused(self) -> NDArray[np.int64]:
+        """The mistakes by kind, [M, 3]: label, predicted, how often; the commonest first. Takes no K² numbers."""
+        wrong = self.label != self.predicted
+        pairs, counts = np.unique(np.stack([self.label, self.predicted])[:, wrong], axis=1, return_counts=True)
+        return np.vstack([pairs, counts]).T[np.argsort(-counts, kind="stable")]
 
     def worst(self) -> NDArray[np.int64]:
         """Places of the mistakes, those first whose own class was thought least likely."""

@@ -233,6 +233,22 @@ def test_a_study_of_another_encoder_in_the_same_folder_is_refused(recipe: Recipe
         controls.claim_folder(second)
 
 
+def test_a_study_of_another_teacher_or_start_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    for name in ("one", "two", "teacher"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+
+    def study(teacher: str, begin: str) -> Config:
+        overrides = [f"method.teacher={tmp_path / teacher}", f"model.init_from={tmp_path / begin}"]
+        return load_recipe("finetune", "cpu_minutes_distill", [f"run.dir={tmp_path / 'study'}", *overrides])
+
+    controls.claim_folder(study("teacher", "one"))
+    controls.claim_folder(study("teacher", "one"))
+    for teacher, begin in (("two", "one"), ("teacher", "two")):
+        with pytest.raises(BadInput, match="holds the controls of another encoder"):
+            controls.claim_folder(study(teacher, begin))
+
+
 def test_controls_without_an_encoder_are_refused() -> None:
     with pytest.raises(BadInput, match=r"model\.init_from is null; give an encoder"), Jobs() as jobs:
         controls.run_controls(_config("model.init_from=null"), jobs, seeds=2)

@@ -3,6 +3,7 @@
 import csv
 import json
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 
 from foreseen import cli
 from foreseen.commands.embedding_files import Id, Layout, embedding_file
+from foreseen.data.pictures import ListedPictures, OneSplit
+from foreseen.data.source import Blob, SourceSample
 from foreseen.errors import BadInput
 from foreseen.handoff.encoder import Preprocessing, save_encoder
 from foreseen.models.backbone import create_backbone
@@ -185,3 +188,18 @@ def test_features_too_large_for_half_precision_are_refused(tmp_path: Path) -> No
         with embedding_file(tmp_path / "x.npy", layout) as writing:
             writing.add([Id("a", "", None)], {"cls": np.array([[1e5, 0]], np.float32)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_of_a_folder_are_gathered_once_and_strange_names_are_made_fit(picture_folder: Path) -> None:
+    class Counted(list[SourceSample]):
+        walks = 0
+
+        def __iter__(self) -> Iterator[SourceSample]:
+            Counted.walks += 1
+            return super().__iter__()
+
+    blob = Blob(str(picture_folder / "a/picture 0.jpg"), 100)
+    samples = Counted(SourceSample(f"{n}.jpg", blob, n % 2) for n in range(20))
+    found = OneSplit(ListedPictures(samples), ("\ud800", "\x1b[31mb"))
+    assert [found.label(n) for n in range(4)] == [r"\ud800", r"\x1b[31mb"] * 2
+    assert Counted.walks == 1  # else the time grows with the square of the pictures

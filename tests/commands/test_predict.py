@@ -139,6 +139,9 @@ def test_a_damaged_sample_of_a_packed_set_is_named(run: Path, small_shards: Path
     lines: list[dict[str, Any]] = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [number for number, line in enumerate(lines) if "error" in line] == [10]
     assert "crc32 differs" in lines[10]["error"]
+    assert lines[10]["key"].startswith("train-000001.tar/")  # it is found again by its key, as the others
+    keys = [row["key"] for row in _csv(_predict(run, tmp_path / "set", "--split", "train")[0])]
+    assert keys == [line["key"] for line in lines]
 
 
 def test_loader_processes_change_nothing(run: Path, picture_folder: Path) -> None:
@@ -154,6 +157,15 @@ def test_classes_without_names_are_called_by_their_numbers(run: Path, picture_fo
     del described["label_names"]
     file.write_text(json.dumps(described), encoding="utf-8")
     assert {row["prediction"] for row in _csv(_predict(tmp_path / "encoder", picture_folder)[0])} == {"0", "1", "2"}
+
+
+def test_class_names_of_strangers_steer_no_terminal(run: Path, picture_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "encoder", tmp_path / "encoder")
+    file = tmp_path / "encoder/config.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**described, "label_names": ["\x1b[31ma", "\ud800", "c\nd"]}), encoding="utf-8")
+    said, _ = _predict(tmp_path / "encoder", picture_folder, "--top-k", 1)
+    assert {row["prediction"] for row in _csv(said)} == {r"\x1b[31ma", r"\ud800", r"c\nd"}
 
 
 def test_bad_input_is_a_sentence(run: Path, picture_folder: Path, small_shards: Path, tmp_path: Path) -> None:
@@ -177,6 +189,25 @@ def test_bad_input_is_a_sentence(run: Path, picture_folder: Path, small_shards: 
     ):
         with pytest.raises(BadInput, match=sentence):
             _predict(*arguments)
+
+
+def test_memory_that_runs_out_is_a_sentence_and_leaves_no_file(
+    run: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = timm.models.VisionTransformer.forward
+
+    def hungry(self, images):  # type: ignore[no-untyped-def]
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images)
+
+    monkeypatch.setattr(timm.models.VisionTransformer, "forward", hungry)
+    out = tmp_path / "out.csv"
+    with pytest.raises(BadInput, match="memory ran out at --batch-size 64; give a smaller one"):
+        _predict(run, picture_folder, "--out", out)
+    assert list(tmp_path.iterdir()) == []
+    _predict(run, picture_folder, "--out", out, "--batch-size", 4)
+    assert out.is_file()
 
 
 def test_an_encoder_without_a_head_is_refused(picture_folder: Path, tmp_path: Path) -> None:

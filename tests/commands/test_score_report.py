@@ -14,10 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from foreseen import cli
+from foreseen.commands.score_report import write_report
 from foreseen.data import loader
 from foreseen.data.manifest import read_manifest
 from foreseen.data.pack import pack
+from foreseen.data.shards import ShardSet
 from foreseen.data.source import FolderListing
+from foreseen.engine.predictions import Predictions
 from foreseen.errors import BadInput
 from tests.conftest import small_recipe
 
@@ -117,6 +120,50 @@ def test_names_of_classes_cannot_change_the_page(picture_folder: Path, tmp_path:
     assert "&lt;script&gt;" in page
 
 
+def test_names_that_are_no_text_spoil_no_report(small_shards: Path, tmp_path: Path) -> None:
+    data = _relabelled(small_shards, tmp_path / "set", "test", lambda labels: None, ["a", "\udce9\x1b[31m", "c"])
+    _finetune(small_recipe(tmp_path / "run", data, **SHORT))
+    assert [row["class"] for row in _rows(tmp_path / "run/report/classes.csv")] == ["a", r"�\x1b[31m", "c"]
+
+
+def test_a_test_split_that_breaks_in_the_middle_leaves_a_report_of_validation_alone(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = loader.BatchBuilder.build
+
+    def breaks(self, positions, samples, pool):  # type: ignore[no-untyped-def]
+        if self.shards.split == "test" and positions[0] > 0:
+            raise BadInput("samples in a row could not be read")
+        return build(self, positions, samples, pool)
+
+    monkeypatch.setattr(loader.BatchBuilder, "build", breaks)
+    said = _finetune(small_recipe(tmp_path / "run", small_shards, **SHORT))
+    assert "no test score: samples in a row could not be read" in said
+    result = json.loads((tmp_path / "run/result.json").read_text(encoding="utf-8"))
+    assert "test" not in result
+    assert "validation pictures" in result["notes"]
+    assert "samples in a row could not be read" in result["notes"]
+    classes = _rows(tmp_path / "run/report/classes.csv")
+    assert sum(int(row["n"]) for row in classes) == result["validation"]["count"]
+
+
+def test_very_many_classes_need_no_square_of_them(small_shards: Path, tmp_path: Path) -> None:
+    classes, mistakes = 100_000, 5
+    label = np.arange(37) * 2_500
+    predicted = np.where(np.arange(37) < mistakes, 99_999, label)
+    found = Predictions(np.arange(37), label, predicted, np.full(37, 0.9), np.full(37, 0.1))
+    shards = ShardSet.open(small_shards, "test")
+    shards.classes = None
+    page = write_report(tmp_path, shards, found, what="", num_classes=classes)
+    assert page.stat().st_size < 2_000_000
+    assert "1,000 of 100,000; classes.csv has all" in page.read_text(encoding="utf-8")
+    rows = {int(row["class"]): row for row in _rows(tmp_path / "report/classes.csv")}
+    assert len(rows) == classes
+    assert (rows[99_999]["predicted"], rows[99_999]["right"], rows[2_500]["recall"]) == ("5", "0", "0")
+    assert (rows[12_500]["recall"], rows[45_000]["precision"], rows[1]["recall"]) == ("1", "1", "")
+    assert len(_rows(tmp_path / "report/mistakes.csv")) == mistakes
+
+
 def test_test_pictures_that_are_trained_on_are_told_at_the_start_and_in_the_scores(run: tuple[Path, str]) -> None:
     folder, said = run
     assert "LEAK: 37 of the 37 test pictures are, byte for byte, in split 'train' too, such as test-" in said
@@ -138,8 +185,10 @@ def test_splits_without_a_common_picture_raise_no_alarm(picture_folder: Path, tm
     assert "near-identical ones are found by" in leak["said"]
 
 
-def _relabelled(small_shards: Path, folder: Path, split: str, change: Callable[[np.ndarray], None]) -> Path:
-    """A copy of the small set with other labels in one split, and without class names."""
+def _relabelled(
+    small_shards: Path, folder: Path, split: str, change: Callable[[np.ndarray], None], names: list[str] | None = None
+) -> Path:
+    """A copy of the small set with other labels in one split, and other class names or none."""
     import shutil
 
     shutil.copytree(small_shards, folder)
@@ -148,7 +197,7 @@ def _relabelled(small_shards: Path, folder: Path, split: str, change: Callable[[
     change(labels)
     np.save(file, labels)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    manifest["classes"] = None
+    manifest["classes"] = names
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 

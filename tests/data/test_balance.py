@@ -89,6 +89,29 @@ def test_batches_are_balanced_within_a_subset_and_alike_on_any_ranks(small_shard
     assert [sample for part in cut for sample in part.sample.tolist()] == batch.sample.tolist()
 
 
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_samples_are_as_balanced_and_alike_on_any_ranks(small_shards: Path, repeats: int) -> None:
+    shards = ShardSet.open(small_shards, "train")
+    assert shards.labels is not None
+    subset = np.concatenate([np.flatnonzero(shards.labels == 0)[:2], np.flatnonzero(shards.labels == 1)])
+    builder = BatchBuilder(shards, REQUEST, 0, balance="full", repeats=repeats)
+    whole = StreamDataset(builder, BatchLayout(12, 12), 0, subset)
+    alone = BalancedOrder(0, shards.labels[subset], "full")
+    each = 12 // repeats
+    for step in range(8):
+        samples = whole[step].sample.numpy()
+        # One by one they are the samples of the balanced stream itself, none left out and none twice.
+        assert samples[:each].tolist() == subset[alone.samples(np.arange(step * each, (step + 1) * each))].tolist()
+        assert samples.tolist() == samples[:each].tolist() * repeats
+    period = np.concatenate([whole[step].label for step in range(2 * repeats)])  # 24 places, of 12 and 12
+    assert np.bincount(period).tolist() == [12 * repeats, 12 * repeats]
+    cut = [
+        StreamDataset(builder, BatchLayout(12, 2, 3), rank, subset)[2 + micro] for rank in range(3) for micro in (0, 1)
+    ]
+    assert [sample for part in cut for sample in part.sample.tolist()] == whole[1].sample.tolist()
+    assert whole.order.name == f"balanced by class, full, {repeats} times each in 12"
+
+
 def test_what_cannot_be_balanced_is_refused_with_a_sentence(
     small_shards: Path, picture_folder: Path, tmp_path: Path
 ) -> None:

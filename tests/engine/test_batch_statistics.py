@@ -12,6 +12,7 @@ from foreseen.data.batch import Batch
 from foreseen.engine.batch_statistics import KeptStatistics
 from foreseen.engine.checkpoint import Checkpoints
 from foreseen.engine.objective import Progress
+from foreseen.models.frozen import Frozen
 from tests.engine.test_train import MeanColour, configure, run
 
 
@@ -66,3 +67,22 @@ def test_a_run_whose_batch_is_cut_says_that_its_statistics_are_not_of_the_whole(
     run(small_shards, configure(tmp_path / "whole", batch__micro_size=16), objective=Normed)
     run(small_shards, configure(tmp_path / "without"))
     assert "BatchNorm" not in capsys.readouterr().out
+
+
+class Taught(MeanColour):
+    """Has a teacher with BatchNorm, which no forward moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = Frozen(nn.BatchNorm2d(3))
+
+
+def test_the_statistics_of_a_frozen_network_are_none_of_the_runs(
+    small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(small_shards, configure(tmp_path, optim__ema_decay=0.5), objective=Taught)
+    assert "BatchNorm" not in capsys.readouterr().out
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 8)
+    saved = checkpoints.load(checkpoints.newest_sound() or 0)
+    assert saved.average
+    assert not any("teacher" in name for name in saved.average)

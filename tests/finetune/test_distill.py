@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from foreseen.commands.verbs import method_options
-from foreseen.config import resolve
+from foreseen.config import Optim, resolve
 from foreseen.data.batch import Batch
 from foreseen.data.views import finish
 from foreseen.device_keys import as_tensor
 from foreseen.engine.objective import Progress
+from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.errors import BadInput
-from foreseen.finetune.distill import from_official
+from foreseen.finetune.distill import Shown, from_official
 from foreseen.finetune.methods import METHODS
 from foreseen.finetune.mixing import scale_mixing
 from foreseen.finetune.supervised import Supervised
@@ -102,7 +103,7 @@ def test_the_loss_equals_that_of_the_authors(row, dtype, tmp_path):
     batch = replace(batch_of(objective, 4), label=tensors["in/labels"])
     if base == "soft":  # what mixing would have made of the labels
         objective.label_loss = lambda logits, _: -(tensors["in/soft_labels"] * logits.log_softmax(1)).sum(1).mean()
-    loss = objective(batch, given["teacher_logits"], PROGRESS)["loss"]
+    loss = objective(batch, Shown(batch.images["image"], given["teacher_logits"]), PROGRESS)["loss"]
     loss.backward()
     kinds = ("out64", 1e-6 if base == "soft" else 1e-8, 1e-10) if dtype == torch.float64 else ("out", 1e-4, 1e-5)
     for name, value in {"loss": loss, "grad_outputs": leaves[0].grad, "grad_outputs_kd": leaves[1].grad}.items():
@@ -161,8 +162,8 @@ def test_the_teacher_sees_the_students_pixels_in_its_own_normalisation_and_mixed
     assert [view.name for view in objective.request.views] == ["image"]
     batch = batch_of(objective)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (objective.view.mean, objective.view.std))
-    pixels = objective.augment(batch) * std + mean
-    seen = objective.teacher_images(batch)
+    augmented = objective.augment(batch)
+    pixels, seen = augmented * std + mean, objective.teacher_images(batch, augmented)
     wanted_mean, wanted_std = torch.tensor((0.5, 0.4, 0.3)).view(3, 1, 1), torch.tensor((0.2, 0.3, 0.4)).view(3, 1, 1)
     torch.testing.assert_close(seen * wanted_std + wanted_mean, pixels, rtol=1e-5, atol=1e-6)
 
@@ -176,10 +177,22 @@ def test_at_another_size_the_teacher_sees_the_same_windows_and_the_same_boxes():
     draws = torch.tensor([[0.75, 0, 16, 8, 24], [0.75, 0, 16, 8, 24], [0.3, 0, 0, 0, 0], [0.3, 0, 0, 0, 0]]).double()
     assert scale_mixing(draws, (32, 32), (24, 24))[0].tolist() == [0.75, 0, 12, 6, 18]
     batch = replace(batch_of(objective, 4), draws={"mix": draws})
-    seen, plain = objective.teacher_images(batch), batch.images["teacher"]
+    seen, plain = objective.teacher_images(batch, objective.augment(batch)), batch.images["teacher"]
     assert torch.equal(seen[0, :, :12, 6:18], plain[1, :, :12, 6:18])
     assert torch.equal(seen[0, :, 12:], plain[0, :, 12:])
     torch.testing.assert_close(seen[2], 0.3 * plain[2] + 0.7 * plain[3])
+
+
+def test_crops_are_erased_and_mixed_once_for_both(tmp_path, monkeypatch):
+    teacher = save_teacher(tmp_path / "teacher", size=(32, 32), class_names=["a", "b", "c"])
+    objective = build(method={"teacher": str(teacher)}, views={"erase": 1.0})
+    batch, augment, seen = batch_of(objective), objective.augment, []
+    monkeypatch.setattr(objective, "augment", lambda batch: seen.append(batch) or augment(batch))
+    shown = []
+    objective.model.patch_embed.register_forward_pre_hook(lambda _, images: shown.append(images[0]))
+    loss_of(objective, batch)
+    assert len(seen) == 1  # it costs as much as a small network's forward
+    assert torch.equal(shown[0], augment(batch))
 
 
 def test_the_teacher_is_still_and_is_in_no_checkpoint():
@@ -193,6 +206,21 @@ def test_the_teacher_is_still_and_is_in_no_checkpoint():
     assert set(objective.parameter_rules(0.75)) == {n for n, p in objective.named_parameters() if p.requires_grad}
     assert all(parameter.grad is not None for name, parameter in objective.model.named_parameters())
     assert objective.frozen_inputs() == {"teacher": load_encoder(tiny_teacher()).weights}
+
+
+def test_a_frozen_student_learns_from_its_teacher_with_what_is_left():
+    objective = build(model={"name": DISTILLED}, method={"freeze": 1}).train()
+    before = {name: value.clone() for name, value in objective.named_parameters()}
+    rules = objective.parameter_rules(None)
+    optimizer = SteppedOptimizer(objective, rules, Optim(base_lr=1e-2), global_size=8, total_steps=10)
+    for step in range(3):
+        loss_of(objective, batch_of(objective, start=8 * step))["loss"].backward()
+        optimizer.drop_frozen()
+        optimizer.step(step, torch.ones((), dtype=torch.bool))
+    stays = {name for name, value in objective.named_parameters() if torch.equal(value, before[name])}
+    own = [f"model.{name}" for name in ("cls_token", "dist_token", "pos_embed")]
+    assert {n for n in stays if not n.startswith(("teacher.", "model.patch_embed.", "model.blocks.0."))} == {*own}
+    assert all(name in stays for name in before if name.startswith("teacher."))
 
 
 def test_the_weights_of_the_student_do_not_depend_on_the_teacher(tmp_path):
@@ -217,8 +245,8 @@ def test_the_weights_of_the_student_do_not_depend_on_the_teacher(tmp_path):
 def test_a_student_learns_labels_and_teacher_with_the_heads_that_it_has(model, heads, kind):
     objective = build(model=model, method={**PLAIN, "distillation": kind, "weight": 0.3, "tau": 2.0}).train()
     batch = batch_of(objective)
-    (said,) = objective.prepare([batch], PROGRESS)
-    out = objective(batch, said, PROGRESS)
+    (shown,) = objective.prepare([batch], PROGRESS)
+    out, said = objective(batch, shown, PROGRESS), shown.logits
     found = objective.model(batch.images["image"])
     for_labels, for_teacher = found if heads == 2 else (found, found)
     labels = F.cross_entropy(for_labels, batch.label)
