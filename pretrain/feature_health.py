@@ -28,6 +28,8 @@ class FeatureMoments:
     def numbers(self) -> dict[str, Tensor]:
         """Effective rank (RankMe of what differs between pictures), and the share of the mean square that differs.
 
+        Both are NaN where a feature is not finite.
+
         Source: Garrido et al. 2023, arXiv:2210.02885, equation 1, of centred features.
         """
         products = self._products
@@ -36,11 +38,13 @@ class FeatureMoments:
         gram, mean = products[:-1, :-1], products[:-1, -1] / count
         total = gram.diagonal().sum()
         centred = gram - count * torch.outer(mean, mean)
+        bad = torch.where(centred.isfinite().all(), 0.0, torch.nan)
+        centred = torch.where(centred.isfinite(), centred, 0.0)  # LAPACK raises where there is a NaN
         singular = torch.linalg.eigvalsh(centred).clamp(min=0.0).sqrt()
         share = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny) + _EPSILON
         return {
-            "feature_rank": (-(share * share.log()).sum()).exp().clamp(min=1.0),
-            "feature_spread": centred.diagonal().sum().clamp(min=0.0) / total.clamp(min=1e-30),
+            "feature_rank": (-(share * share.log()).sum()).exp().clamp(min=1.0) + bad,
+            "feature_spread": centred.diagonal().sum().clamp(min=0.0) / total.clamp(min=1e-30) + bad,
         }
 
 

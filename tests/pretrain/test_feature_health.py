@@ -22,6 +22,12 @@ def test_features_on_a_line_have_rank_one_and_equal_ones_no_spread() -> None:
     assert torch.stack(list(same.values())).isfinite().all()
 
 
+def test_features_of_a_step_that_is_skipped_have_no_rank_and_stop_nothing() -> None:
+    features = torch.randn(16, 6)
+    features[3, 2] = torch.inf
+    assert torch.stack(list(FeatureMoments([features]).numbers().values())).isnan().all()
+
+
 def test_patches_that_are_alike_are_not_diverse() -> None:
     alike = torch.randn(4, 1, 8).expand(4, 9, 8)
     axes = torch.eye(8).expand(2, 8, 8)
