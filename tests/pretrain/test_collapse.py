@@ -61,6 +61,28 @@ def test_a_healthy_run_and_a_passing_sign_are_left_in_peace() -> None:
         assert alarm.look(step, HEALTHY | passing) is None
 
 
+@pytest.mark.parametrize("sign", COLLAPSED)
+def test_a_run_that_goes_on_or_back_is_judged_as_an_unbroken_one(sign: str) -> None:
+    numbers = {
+        step: HEALTHY | (COLLAPSED[sign] if step in (500, 750) or step > 1000 else {}) for step in range(50, 1401, 50)
+    }
+    unbroken = _alarm()
+    expected = {step: unbroken.look(step, each) for step, each in numbers.items()}
+    assert [step for step, said in expected.items() if said] == [1100]
+    for saved in (450, 700, 1050, 1100, 1200):
+        first, second = _alarm(), _alarm()
+        for step in range(50, saved + 1, 50):
+            first.look(step, numbers[step])
+        state = {name: value.clone() for name, value in first.state_dict().items()}
+        for step in range(saved + 50, 1401, 50):
+            first.look(step, HEALTHY | COLLAPSED[sign])  # what is thrown away when it goes back
+        for alarm in (first, second):
+            alarm.load_state_dict(state)
+            assert {step: alarm.look(step, numbers[step]) for step in range(saved + 50, 1401, 50)} == {
+                step: said for step, said in expected.items() if step > saved
+            }
+
+
 def test_nothing_is_told_in_the_warm_up() -> None:
     uniform = HEALTHY | COLLAPSED["uniform"]
     assert _first_told(_alarm(grace_steps=700), uniform, 20) == 800
