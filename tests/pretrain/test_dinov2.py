@@ -334,6 +334,7 @@ def test_every_trained_weight_takes_part_and_drop_path_is_uniform() -> None:
     ("overrides", "sentence"),
     [
         ({"method__koleo_group": 1}, "method.koleo_group"),
+        ({"method__mask_probability": 0.001}, "method.mask_probability 0.001 masks none of the 2 × "),
         ({"method__mask_ratio": "[0.5, 0.1]"}, "method.mask_ratio must be two rising shares"),
         (
             {"model__name": "convnext_atto", "model__args": "null", "method__crops": "{local_count: 0}"},
