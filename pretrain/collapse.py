@@ -64,7 +64,7 @@ class CollapseAlarm(nn.Module):
         self.register_buffer("last", torch.zeros((), dtype=torch.int64))  # updates at the line before
         # The step that each sign has lasted from, 0 where it does not show; and whether it was told.
         self.register_buffer("since", torch.zeros(len(_REMEDIES), dtype=torch.int64))
-        self.register_buffer("said", torch.zeros(len(_REMEDIES), dtype=torch.bool))
+        self.register_buffer("said", torch.zeros(len(_REMEDIES), dtype=torch.int64))
 
     def look(self, step: int, numbers: Mapping[str, float]) -> str | None:
         """Judge the numbers of a line; waits for the device.
@@ -84,7 +84,7 @@ class CollapseAlarm(nn.Module):
         since = [
             (old or begin) if sign in signs else 0 for sign, old in zip(_REMEDIES, self.since.tolist(), strict=True)
         ]
-        said = [old and sign in signs for sign, old in zip(_REMEDIES, self.said.tolist(), strict=True)]
+        said = [bool(old) and sign in signs for sign, old in zip(_REMEDIES, self.said.tolist(), strict=True)]
         told = None
         for number, sign in enumerate(_REMEDIES):
             if told is None and since[number] and not said[number] and step - since[number] >= _LASTING_STEPS:

@@ -121,7 +121,7 @@ def weight_distance(run: History, other: History) -> float:
     """
     distances = []
     for name, one in run.state.items():
-        two = other.state[name]
+        one, two = one.double(), other.state[name].double()  # counters too
         if name.endswith("qkv.bias"):
             keep = torch.arange(len(one)) // (len(one) // 3) != 1
             one, two = one[keep], two[keep]
