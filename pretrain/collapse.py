@@ -9,9 +9,7 @@ A rule looks at logged numbers alone, so it costs nothing and can be tried on an
 
 import math
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from foreseen.errors import BadInput
 
@@ -40,11 +38,10 @@ _REMEDIES = {
 }
 
 
-class CollapseAlarm(nn.Module):
+class CollapseAlarm:
     """Says once, in one sentence, that a run has collapsed, and how to avoid it.
 
-    A sign must last for 100 steps, and none counts before `grace_steps`: at the start targets are near uniform. What
-    was seen is saved with the run, so that one that was stopped, or went back, is judged as an unbroken one.
+    A sign must last for 100 steps, and none counts before `grace_steps`: at the start targets are near uniform.
 
     Args:
         prototypes: K.
@@ -52,22 +49,25 @@ class CollapseAlarm(nn.Module):
         stop: whether to stop the run then.
     """
 
-    last: Tensor
-    since: Tensor
-    said: Tensor
-
     def __init__(self, prototypes: int, *, grace_steps: int, stop: bool) -> None:
-        super().__init__()
         self._prototypes = prototypes
         self._grace_steps = max(100, grace_steps)
         self._stop = stop
-        self.register_buffer("last", torch.zeros((), dtype=torch.int64))  # updates at the line before
-        # The step that each sign has lasted from, 0 where it does not show; and whether it was told.
-        self.register_buffer("since", torch.zeros(len(_REMEDIES), dtype=torch.int64))
-        self.register_buffer("said", torch.zeros(len(_REMEDIES), dtype=torch.int64))
+        self.load_state(None)
+
+    def state(self) -> dict[str, Any]:
+        """What verdicts to come depend on."""
+        return {"since": dict(self._since), "said": sorted(self._said), "last": self._last}
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take back what `state` gave; None forgets what was seen."""
+        state = state or {"since": {}, "said": [], "last": 0}
+        self._since: dict[str, int] = dict(state["since"])
+        self._said: set[str] = set(state["said"])
+        self._last: int = state["last"]
 
     def look(self, step: int, numbers: Mapping[str, float]) -> str | None:
-        """Judge the numbers of a line; waits for the device.
+        """Judge the numbers of a line.
 
         Args:
             step: updates made.
@@ -79,22 +79,18 @@ class CollapseAlarm(nn.Module):
         Raises:
             BadInput: the same sentence, where the run is to stop.
         """
+        before, self._last = self._last, step
         signs = self._signs(numbers) if step > self._grace_steps else set()
-        begin = max(int(self.last), self._grace_steps)
-        since = [
-            (old or begin) if sign in signs else 0 for sign, old in zip(_REMEDIES, self.since.tolist(), strict=True)
-        ]
-        said = [bool(old) and sign in signs for sign, old in zip(_REMEDIES, self.said.tolist(), strict=True)]
-        told = None
-        for number, sign in enumerate(_REMEDIES):
-            if told is None and since[number] and not said[number] and step - since[number] >= _LASTING_STEPS:
-                told, said[number] = self._sentence(step, sign, numbers), True
-        self.last.fill_(step)
-        self.since.copy_(torch.tensor(since))
-        self.said.copy_(torch.tensor(said))
-        if told is not None and self._stop:
-            raise BadInput(told)
-        return told
+        self._said &= signs
+        self._since = {sign: self._since.get(sign, max(before, self._grace_steps)) for sign in sorted(signs)}
+        for sign in sorted(signs - self._said):
+            if step - self._since[sign] >= _LASTING_STEPS:
+                self._said.add(sign)
+                sentence = self._sentence(step, sign, numbers)
+                if self._stop:
+                    raise BadInput(sentence)
+                return sentence
+        return None
 
     def _signs(self, numbers: Mapping[str, float]) -> set[str]:
         signs = set()

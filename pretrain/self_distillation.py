@@ -80,7 +80,7 @@ class SelfDistillation(Objective):
         self.num_large, self.num_crops = large.count, sum(view.count for view in self.views)
         self.centre = Centre(plan.prototypes, options.center_momentum) if options.centering == "centre" else None
         self._batch_norms = [m for m in self.teacher.modules() if isinstance(m, _BatchNorm)]
-        self.collapse_alarm = CollapseAlarm(
+        self._alarm = CollapseAlarm(
             plan.prototypes, grace_steps=plan.grace_steps, stop=options.on_collapse == "stop"
         )  # fmt: skip
         self._mean_target: Tensor | None = None
@@ -222,7 +222,15 @@ class SelfDistillation(Objective):
 
     def alarm(self, step: int, numbers: Mapping[str, float]) -> str | None:
         """A sentence when the run has collapsed; see `foreseen.pretrain.collapse`."""
-        return self.collapse_alarm.look(step, numbers)
+        return self._alarm.look(step, numbers)
+
+    def alarm_state(self) -> dict[str, Any]:
+        """What the alarm has seen so far."""
+        return self._alarm.state()
+
+    def load_alarm_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take back what it had seen."""
+        self._alarm.load_state(state)
 
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """The crops of some images, one row an image for each view."""

@@ -152,8 +152,6 @@ def _weight_distance(one: Path, two: Path) -> float:
     first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
     if first.keys() != second.keys():
         return math.inf
-    # Counters of steps are no weights, and larger than all of them.
-    first = {name: value for name, value in first.items() if value.is_floating_point()}
 
     def squares(tensors: list[Tensor]) -> float:
         return sum(float(tensor.double().square().sum()) for tensor in tensors)

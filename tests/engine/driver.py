@@ -121,7 +121,7 @@ def weight_distance(run: History, other: History) -> float:
     """
     distances = []
     for name, one in run.state.items():
-        one, two = one.double(), other.state[name].double()  # counters too
+        two = other.state[name]
         if name.endswith("qkv.bias"):
             keep = torch.arange(len(one)) // (len(one) // 3) != 1
             one, two = one[keep], two[keep]
