@@ -9,6 +9,7 @@ A rule looks at logged numbers alone, so it costs nothing and can be tried on an
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from foreseen.errors import BadInput
 
@@ -52,9 +53,18 @@ class CollapseAlarm:
         self._prototypes = prototypes
         self._grace_steps = max(100, grace_steps)
         self._stop = stop
-        self._since: dict[str, int] = {}
-        self._said: set[str] = set()
-        self._last = 0
+        self.load_state(None)
+
+    def state(self) -> dict[str, Any]:
+        """What verdicts to come depend on."""
+        return {"since": dict(self._since), "said": sorted(self._said), "last": self._last}
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take back what `state` gave; None forgets what was seen."""
+        state = state or {"since": {}, "said": [], "last": 0}
+        self._since: dict[str, int] = dict(state["since"])
+        self._said: set[str] = set(state["said"])
+        self._last: int = state["last"]
 
     def look(self, step: int, numbers: Mapping[str, float]) -> str | None:
         """Judge the numbers of a line.
@@ -72,7 +82,7 @@ class CollapseAlarm:
         before, self._last = self._last, step
         signs = self._signs(numbers) if step > self._grace_steps else set()
         self._said &= signs
-        self._since = {sign: self._since.get(sign, max(before, self._grace_steps)) for sign in signs}
+        self._since = {sign: self._since.get(sign, max(before, self._grace_steps)) for sign in sorted(signs)}
         for sign in sorted(signs - self._said):
             if step - self._since[sign] >= _LASTING_STEPS:
                 self._said.add(sign)

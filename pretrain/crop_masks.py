@@ -81,6 +81,11 @@ class StratifiedMasks:
         """The most patches that a crop hides."""
         return int(self.ratios[1] * self.grid[0] * self.grid[1])
 
+    @property
+    def masked(self) -> int:
+        """Crops of a step that are masked."""
+        return int(self.crops * self.global_size * self.probability)
+
     def __call__(self, generator: np.random.Generator, position: int) -> NDArray[np.bool_]:
         """Draw the masks of the sample at a position, [n, L]."""
         step, place = divmod(position, self.global_size)
@@ -89,11 +94,10 @@ class StratifiedMasks:
 
     def _draw(self, generator: np.random.Generator, slot: int) -> NDArray[np.bool_]:
         patches = self.grid[0] * self.grid[1]
-        masked = int(self.crops * self.global_size * self.probability)
-        if slot >= masked:
+        if slot >= self.masked:
             return np.zeros(patches, dtype=np.bool_)
         low, high = self.ratios
-        ratio = low + (high - low) * (slot + generator.random()) / masked
+        ratio = low + (high - low) * (slot + generator.random()) / self.masked
         return block_mask(generator, self.grid, int(ratio * patches), min_block=4, max_block=patches // 2)
 
 

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from foreseen.config import Config
+from foreseen.errors import BadInput
 from foreseen.pretrain.crop_masks import StratifiedMasks
 from foreseen.pretrain.distillation_losses import koleo
 from foreseen.pretrain.distilled_network import Network, Parts, draw_tokens, projection_head
@@ -94,6 +95,12 @@ class DINOv2(MaskedDistillation):
         masks = StratifiedMasks(
             grid, parts.large.count, config.batch.global_size, config.seed, options.mask_probability, options.mask_ratio
         )
+        if masks.masked < 1:
+            raise BadInput(
+                f"method.mask_probability {options.mask_probability} masks none of the {parts.large.count} × "
+                f"{config.batch.global_size} large crops of a step, so that no patch would ever be trained; raise it "
+                "or batch.global_size"
+            )
         objective = cls(student, options, parts.large, parts.small, plan, masks, count)
         objective.koleo_weight, objective.koleo_group = options.koleo_weight, options.koleo_group
         objective.group = options.koleo_group if options.koleo_weight else 1

@@ -31,10 +31,11 @@ from foreseen.pretrain.distillation_losses import (
     summed_in_chunks,
 )
 from foreseen.pretrain.distilled_network import Network, Parts, is_plain_vit
+from foreseen.pretrain.feature_health import FeatureHealth
 from foreseen.pretrain.self_distillation import ClassTargets, SelfDistillation
 from foreseen.pretrain.self_distillation_options import Plan, SelfDistillationOptions
 from foreseen.pretrain.small_machines import Size
-from foreseen.pretrain.target_balance import Centre, scaled_logits, sinkhorn_shift
+from foreseen.pretrain.target_balance import Centre, row_sum, scaled_logits, sinkhorn_shift
 
 _PICTURES = 8
 
@@ -65,6 +66,22 @@ class Masks(Protocol):
 
     def __call__(self, generator: np.random.Generator, position: int) -> NDArray[np.bool_]:
         """[T, L]."""
+
+
+class PatchRows(NamedTuple):
+    """What is kept of the teacher's patches of one micro-batch.
+
+    Attributes:
+        bottleneck: at the places that are compared, [N * M, d].
+        weights: of these rows, [N * M].
+        places: numbers of the patches, [N, M].
+        sum: `row_sum` of what the centre is over.
+    """
+
+    bottleneck: Tensor
+    weights: Tensor
+    places: Tensor
+    sum: Tensor
 
 
 class PatchTargets(NamedTuple):
@@ -145,45 +162,52 @@ class MaskedDistillation(SelfDistillation):
     def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> Sequence[Targets]:
         """The teacher's bottlenecks, at class tokens and hidden patches, and what balances either."""
         self._check_batches(micro_batches)
-        encoded = [self._teach(batch) for batch in micro_batches]
-        self._look(encoded)
+        self._features = FeatureHealth()
         masks = [batch.draws["mask"].transpose(0, 1).flatten(0, 1) for batch in micro_batches]
-        classes = self.class_targets([self.teacher.head(pooled) for pooled, _ in encoded], progress)
-        patches = self.patch_targets([_patches(tokens) for _, tokens in encoded], masks, progress)
+        bottlenecks, rows = [], []
+        for batch, mask in zip(micro_batches, masks, strict=True):
+            pooled, tokens = self._teach(batch)
+            bottlenecks.append(self.teacher.head(pooled))
+            rows.append(self.patch_rows(_patches(tokens), mask))
+            del pooled, tokens  # before the next are made
+        self._features.all_reduce()
+        classes = self.class_targets(bottlenecks, progress)
+        patches = self.patch_targets(rows, progress)
         return [Targets(*each) for each in zip(classes, patches, masks, strict=True)]
 
-    def patch_targets(
-        self, tokens: Sequence[Tensor], masks: Sequence[Tensor], progress: Progress
-    ) -> list[PatchTargets]:
-        """Targets at the hidden patches of each micro-batch.
+    def patch_rows(self, tokens: Tensor, mask: Tensor) -> PatchRows:
+        """What targets need of the teacher's patches of a micro-batch.
 
         Args:
-            tokens: the teacher's, of all patches, [N, L, D].
-            masks: [N, L].
-            progress: gives the temperature.
+            tokens: of all patches, [N, L, D].
+            mask: True where hidden, [N, L].
         """
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        places, weights = masked_places(mask, self._most, dtype)
+        weights = weights.flatten()
+        if self.patch_centre is not None and self.centres_all_patches:
+            everywhere = self.teacher.patch_bottleneck(tokens)
+            rows, total = take(everywhere, places).flatten(0, 1), row_sum(everywhere.flatten(0, 1))
+        else:
+            rows = self.teacher.patch_bottleneck(take(tokens, places)).flatten(0, 1)
+            total = row_sum(rows, (weights > 0).to(rows.dtype))
+        return PatchRows(rows, weights, places, total)
+
+    def patch_targets(self, rows: Sequence[PatchRows], progress: Progress) -> list[PatchTargets]:
+        """Targets at the hidden patches of each micro-batch."""
         temperature = self.teacher_patch_temperature(progress)
         prototypes = self.teacher.patch_prototypes()
-        chosen = [masked_places(mask, self._most, prototypes.dtype) for mask in masks]
-        weights = [weight.flatten() for _, weight in chosen]
-        if self.patch_centre is not None and self.centres_all_patches:
-            everywhere = [self.teacher.patch_bottleneck(each) for each in tokens]
-            rows = [take(each, places).flatten(0, 1) for each, (places, _) in zip(everywhere, chosen, strict=True)]
-            self.patch_centre.observe([each.flatten(0, 1) for each in everywhere], prototypes)
-        else:
-            there = [take(each, places) for each, (places, _) in zip(tokens, chosen, strict=True)]
-            rows = [self.teacher.patch_bottleneck(each).flatten(0, 1) for each in there]
-        hidden = [(weight > 0).to(each.dtype) for weight, each in zip(weights, rows, strict=True)]
         if self.patch_centre is None:
+            bottlenecks = [each.bottleneck for each in rows]
+            hidden = [(each.weights > 0).to(each.bottleneck.dtype) for each in rows]
             at_once = rows_at_once(self.options.logits_chunk, len(prototypes))
-            shift = sinkhorn_shift(rows, prototypes, temperature, weights=hidden, at_once=at_once)
+            shift = sinkhorn_shift(bottlenecks, prototypes, temperature, weights=hidden, at_once=at_once)
         else:
-            if not self.centres_all_patches:
-                self.patch_centre.observe(rows, prototypes, hidden)
+            self.patch_centre.observe([each.sum for each in rows], prototypes)
             shift = self.patch_centre.shift(temperature)
         return [
-            PatchTargets(row, weight[:, None], places, prototypes, shift, temperature)
-            for row, weight, (places, _) in zip(rows, weights, chosen, strict=True)
+            PatchTargets(each.bottleneck, each.weights[:, None], each.places, prototypes, shift, temperature)
+            for each in rows
         ]
 
     def teacher_patch_temperature(self, progress: Progress) -> float:

@@ -24,9 +24,9 @@ from foreseen.pretrain.collapse import CollapseAlarm
 from foreseen.pretrain.crops import by_crop, crop_keys
 from foreseen.pretrain.distillation_losses import crop_cross_entropy, entropy, rows_at_once, summed_in_chunks
 from foreseen.pretrain.distilled_network import Network
-from foreseen.pretrain.feature_health import FeatureMoments, patch_diversity
+from foreseen.pretrain.feature_health import FeatureHealth
 from foreseen.pretrain.self_distillation_options import Plan, SelfDistillationOptions
-from foreseen.pretrain.target_balance import Centre, scaled_logits, sinkhorn_shift
+from foreseen.pretrain.target_balance import Centre, row_sum, scaled_logits, sinkhorn_shift
 
 _PICTURES = 8
 
@@ -84,8 +84,7 @@ class SelfDistillation(Objective):
             plan.prototypes, grace_steps=plan.grace_steps, stop=options.on_collapse == "stop"
         )  # fmt: skip
         self._mean_target: Tensor | None = None
-        self._moments: FeatureMoments | None = None
-        self._diversity: Tensor | None = None
+        self._features = FeatureHealth()
 
     @property
     def request(self) -> Request:
@@ -109,13 +108,16 @@ class SelfDistillation(Objective):
     def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> Sequence[Any]:
         """The teacher's bottlenecks of each micro-batch, and what balances them over the global batch."""
         self._check_batches(micro_batches)
-        encoded = [self._teach(batch) for batch in micro_batches]
-        bottlenecks = [self.teacher.head(pooled) for pooled, _ in encoded]
-        self._look(encoded)
+        self._features = FeatureHealth()
+        bottlenecks = [self.teacher.head(self._teach(batch)[0]) for batch in micro_batches]
+        self._features.all_reduce()
         return self.class_targets(bottlenecks, progress)
 
     def _teach(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        return self.teacher.encode(batch.images[self.large.name])
+        """The teacher's features of a micro-batch, which nobody shall keep: they are as large as the images."""
+        encoded = self.teacher.encode(batch.images[self.large.name])
+        self._features.add(*encoded)
+        return encoded
 
     def class_targets(self, bottlenecks: Sequence[Tensor], progress: Progress) -> list[ClassTargets]:
         """Targets for the class tokens of each micro-batch, from the teacher's bottlenecks [T * B, d], crop-major."""
@@ -123,7 +125,7 @@ class SelfDistillation(Objective):
         prototypes = self.teacher.head.prototypes()
         at_once = rows_at_once(self.options.logits_chunk, len(prototypes))
         if self.centre is not None:
-            self.centre.observe(bottlenecks, prototypes)
+            self.centre.observe([row_sum(each) for each in bottlenecks], prototypes)
             shift = self.centre.shift(temperature)
         else:
             shift = sinkhorn_shift(bottlenecks, prototypes, temperature, at_once=at_once)
@@ -132,11 +134,6 @@ class SelfDistillation(Objective):
         total = all_reduce_sum(total.sum(0))
         self._mean_target = total / total.sum()
         return [ClassTargets(by_crop(each, self.num_large), prototypes, shift, temperature) for each in bottlenecks]
-
-    def _look(self, encoded: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        self._moments = FeatureMoments([pooled for pooled, _ in encoded])
-        patches = [tokens for _, tokens in encoded if tokens is not None]
-        self._diversity = patch_diversity(patches) if patches else None
 
     def _check_batches(self, micro_batches: Sequence[Batch]) -> None:
         if self._batch_norms and min(map(len, micro_batches)) < 2:
@@ -218,10 +215,7 @@ class SelfDistillation(Objective):
         found: dict[str, Tensor] = {}
         if self._mean_target is not None:
             found["prototypes_used"] = entropy(self._mean_target).exp()
-        if self._moments is not None:
-            found |= self._moments.numbers()
-        if self._diversity is not None:
-            found["patch_diversity"] = self._diversity
+        found |= self._features.numbers()
         if self.centre is not None:
             found["center_norm"] = self.centre.center.norm()
         return found
@@ -229,6 +223,14 @@ class SelfDistillation(Objective):
     def alarm(self, step: int, numbers: Mapping[str, float]) -> str | None:
         """A sentence when the run has collapsed; see `foreseen.pretrain.collapse`."""
         return self._alarm.look(step, numbers)
+
+    def alarm_state(self) -> dict[str, Any]:
+        """What the alarm has seen so far."""
+        return self._alarm.state()
+
+    def load_alarm_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take back what it had seen."""
+        self._alarm.load_state(state)
 
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """The crops of some images, one row an image for each view."""

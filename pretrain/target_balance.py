@@ -36,21 +36,16 @@ class Centre(nn.Module):
         self.register_buffer("center", torch.zeros(prototypes))
         self.register_buffer("_mean", torch.zeros(prototypes), persistent=False)
 
-    def observe(self, rows: Sequence[Tensor], prototypes: Tensor, weights: Sequence[Tensor] | None = None) -> None:
+    def observe(self, sums: Sequence[Tensor], prototypes: Tensor) -> None:
         """Take in the teacher's bottlenecks of a step, of all ranks.
 
         The centre does not move yet: targets of this step know only the steps before.
 
         Args:
-            rows: [R, d] of each micro-batch.
+            sums: `row_sum` of each micro-batch.
             prototypes: [K, d].
-            weights: 1 for rows that count, 0 for others, [R] of each micro-batch; None counts all.
         """
-        if weights is None:
-            weights = [torch.ones_like(each[:, 0]) for each in rows]
-        counted = zip(rows, weights, strict=True)
-        sums = [torch.cat([(w[:, None] * each).sum(0), w.sum()[None]]) for each, w in counted]
-        total = all_reduce_sum(torch.stack(sums).sum(0))
+        total = all_reduce_sum(torch.stack(list(sums)).sum(0))
         with torch.autocast(total.device.type, enabled=False):
             self._mean = prototypes @ (total[:-1] / total[-1].clamp(min=1.0))
 
@@ -62,6 +57,17 @@ class Centre(nn.Module):
         """Move the centre towards what was observed, unless the step was skipped."""
         moved = self.center * self._momentum + self._mean * (1.0 - self._momentum)
         self.center.copy_(torch.where(finite, moved, self.center))
+
+
+def row_sum(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """What a centre needs of bottlenecks [R, d]: their sum, and how many there are behind it, [d + 1].
+
+    Args:
+        rows: of a micro-batch.
+        weights: 1 for rows that count, 0 for others, [R]; None counts all.
+    """
+    weights = torch.ones_like(rows[:, 0]) if weights is None else weights
+    return torch.cat([(weights[:, None] * rows).sum(0), weights.sum()[None]])
 
 
 def sinkhorn_shift(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from foreseen.commands.verbs import load_recipe
+from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.schedule import scaled_lr
 from foreseen.finetune.distill import Distill
 from foreseen.finetune.supervised import Supervised
@@ -313,3 +314,19 @@ def test_the_published_self_distillation_is_built_at_full_size(paper: SelfDistil
     assert trained["student.head.last_layer.weight_v"].shape == (paper.prototypes, 256)
     assert (optim.weight_decay, optim.weight_decay_end) == (0.04, 0.4)
     assert objective.notes == ()
+
+
+def test_dino_trains_a_resnet_as_its_readme_states() -> None:
+    config = load_recipe("pretrain", "dino_resnet50").with_length(IMAGENET)
+    with torch.device("meta"):
+        objective = METHODS[config.method.name].build(config)
+    rules = objective.parameter_rules(config.optim.layer_decay)
+    optimizer = SteppedOptimizer(
+        torch.nn.ModuleDict({"student": objective.student}), rules, config.optim,
+        global_size=config.batch.global_size, total_steps=config.run.steps or 0,
+    )  # fmt: skip
+    assert isinstance(optimizer.optimizer, torch.optim.SGD)
+    assert {(group["momentum"], group["nesterov"]) for group in optimizer.optimizer.param_groups} == {(0.9, False)}
+    assert optimizer.peak_lr == pytest.approx(0.06)
+    assert optimizer.weight_decay(0) == optimizer.weight_decay(200_000) == 1e-4
+    assert sum(view.count for view in objective.request.views) == 10

@@ -184,6 +184,13 @@ class Objective(nn.Module):
         """
         return None
 
+    def alarm_state(self) -> dict[str, Any]:
+        """What `alarm` remembers, in plain values; it is saved with the run."""
+        return {}
+
+    def load_alarm_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take back what `alarm_state` gave, or forget all for None: the run goes on, or goes back."""
+
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Pictures for TensorBoard: name -> [N, 3, H, W] uint8."""
         return {}

@@ -50,6 +50,7 @@ def _write(trainer: "Trainer", step: int, score: float | None) -> None:
         "score": score,
         "rewinds": trainer.rewinds,
         "patience": trainer.patience.state(),
+        "alarm": trainer.job.objective.alarm_state(),
         "recorder": None if trainer.recorder is None else trainer.recorder.state(),
     }
     average = None if trainer.average is None else trainer.average.state()
@@ -122,6 +123,7 @@ def _take_up(trainer: "Trainer", found: Checkpoint) -> None:
     trainer.parents = found.state["parents"]
     trainer.rewinds = [(begin, end) for begin, end in found.state.get("rewinds", [])]  # not in those of older versions
     trainer.patience.load_state(found.state.get("patience"))
+    job.objective.load_alarm_state(found.state.get("alarm"))
     if trainer.recorder is not None:
         trainer.recorder.load_state(found.state.get("recorder"), found.step)
     if trainer.accelerator.is_main_process:

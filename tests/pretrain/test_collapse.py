@@ -1,8 +1,11 @@
 """A collapsed run is told once, in time and with a remedy; a healthy one is left in peace."""
 
+import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +13,7 @@ from foreseen.commands import pretrain
 from foreseen.commands.verbs import load_recipe
 from foreseen.errors import BadInput
 from foreseen.pretrain.collapse import CollapseAlarm
+from foreseen.pretrain.dino import DINO
 
 K = 128
 HEALTHY = {
@@ -61,6 +65,28 @@ def test_a_healthy_run_and_a_passing_sign_are_left_in_peace() -> None:
         assert alarm.look(step, HEALTHY | passing) is None
 
 
+@pytest.mark.parametrize("sign", COLLAPSED)
+def test_a_run_that_goes_on_or_back_is_judged_as_an_unbroken_one(sign: str) -> None:
+    numbers = {
+        step: HEALTHY | (COLLAPSED[sign] if step in (500, 750) or step > 1000 else {}) for step in range(50, 1401, 50)
+    }
+    unbroken = _alarm()
+    expected = {step: unbroken.look(step, each) for step, each in numbers.items()}
+    assert [step for step, said in expected.items() if said] == [1100]
+    for saved in (450, 700, 1050, 1100, 1200):
+        first, second = _alarm(), _alarm()
+        for step in range(50, saved + 1, 50):
+            first.look(step, numbers[step])
+        state = json.dumps(first.state())
+        for step in range(saved + 50, 1401, 50):
+            first.look(step, HEALTHY | COLLAPSED[sign])  # what is thrown away when it goes back
+        for alarm in (first, second):
+            alarm.load_state(json.loads(state))
+            assert {step: alarm.look(step, numbers[step]) for step in range(saved + 50, 1401, 50)} == {
+                step: said for step, said in expected.items() if step > saved
+            }
+
+
 def test_nothing_is_told_in_the_warm_up() -> None:
     uniform = HEALTHY | COLLAPSED["uniform"]
     assert _first_told(_alarm(grace_steps=700), uniform, 20) == 800
@@ -94,6 +120,20 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pets") / "pets"
     write_procedural_pets(path, train=512, test=8, size=48, seed=0, workers=1)
     return path
+
+
+def test_a_stopped_run_saves_what_its_alarm_has_seen_and_takes_it_up(pets: Path, tmp_path: Path) -> None:
+    overrides = [*_short_run(tmp_path / "run", pets), "run.steps=2", "run.save_every=1", "optim.warmup_steps=0"]
+    config = load_recipe("pretrain", "dino_cpu_minutes", overrides)
+    seen = {"since": {"rank": 1}, "said": ["rank"], "last": 1}
+    taken: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DINO, "alarm_state", lambda self: seen)
+        pretrain.run(config)
+        patch.setattr(DINO, "load_alarm_state", lambda self, state: taken.append(state))
+        shutil.rmtree(tmp_path / "run/checkpoints/step-2")
+        pretrain.run(config)
+    assert taken == [seen]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from foreseen.models.projection_head import ProjectionHead
 from foreseen.pretrain.crop_masks import StratifiedMasks
 from foreseen.pretrain.dinov2 import DINOv2, from_official
 from foreseen.pretrain.distillation_losses import koleo
-from foreseen.pretrain.target_balance import scaled_logits, sinkhorn_shift
+from foreseen.pretrain.target_balance import row_sum, scaled_logits, sinkhorn_shift
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
 from tests.small_methods import small_method
@@ -154,8 +154,8 @@ def test_patch_loss_and_centre_equal_the_authors(chunk: str | int, dtype: torch.
     objective.teacher.patch_bottleneck = lambda tokens: tokens
     mask = tensors["in/masks"]
     with torch.no_grad():
-        (targets,) = objective.patch_targets([tensors["in/teacher"].to(dtype)], [mask], PROGRESS)
-        objective.patch_centre.observe([tensors["in/teacher"].to(dtype).flatten(0, 1)], targets.prototypes)
+        (targets,) = objective.patch_targets([objective.patch_rows(tensors["in/teacher"].to(dtype), mask)], PROGRESS)
+        objective.patch_centre.observe([row_sum(tensors["in/teacher"].to(dtype).flatten(0, 1))], targets.prototypes)
     objective.patch_centre.move(torch.tensor(True))
     expected, tolerance = _expected(case, tensors, "center", dtype)
     torch.testing.assert_close(objective.patch_centre.center[None, None], expected, **tolerance)
@@ -334,6 +334,7 @@ def test_every_trained_weight_takes_part_and_drop_path_is_uniform() -> None:
     ("overrides", "sentence"),
     [
         ({"method__koleo_group": 1}, "method.koleo_group"),
+        ({"method__mask_probability": 0.001}, "method.mask_probability 0.001 masks none of the 2 × "),
         ({"method__mask_ratio": "[0.5, 0.1]"}, "method.mask_ratio must be two rising shares"),
         (
             {"model__name": "convnext_atto", "model__args": "null", "method__crops": "{local_count: 0}"},

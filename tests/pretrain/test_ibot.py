@@ -1,5 +1,6 @@
 """iBOT computes what the authors' code computes, and keeps what the recipe promises."""
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,9 @@ def test_losses_gradients_and_centres_equal_the_authors_call_after_call(chunk: s
         mask = tensors["in/masks"][call].flatten(1)
         with torch.no_grad():
             (classes,) = objective.class_targets([widened(tensors["in/teacher_cls"][call])], progress)
-            (patches,) = objective.patch_targets([tensors["in/teacher_patch"][call].to(dtype)], [mask], progress)
+            (patches,) = objective.patch_targets(
+                [objective.patch_rows(tensors["in/teacher_patch"][call].to(dtype), mask)], progress
+            )
         student_cls = tensors["in/student_cls"][call].to(dtype).requires_grad_()
         student_patch = tensors["in/student_patch"][call].to(dtype).requires_grad_()
         crops = torch.cat([widened(student_cls), widened(tensors["in/student_local_cls"][call])])
@@ -251,3 +254,27 @@ def test_pictures_show_what_is_hidden() -> None:
 def test_what_cannot_work_is_refused_with_a_sentence(overrides: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BadInput, match=sentence):
         _small(**overrides)
+
+
+@pytest.mark.parametrize("centering", ["centre", "sinkhorn"])
+def test_accumulation_keeps_no_teachers_tokens(centering: str) -> None:
+    objective = _small(method__centering=centering)
+    generator, alive = np.random.default_rng(0), []
+    num_features, patches = objective.student.backbone.num_features, objective.student.backbone.patch_embed.num_patches
+
+    def encode(images: Tensor) -> tuple[Tensor, Tensor]:
+        assert not [each for each in alive if each() is not None]
+        tokens = generator.standard_normal((len(images), 1 + patches, num_features), dtype=np.float32)
+        alive.append(weakref.ref(tokens))  # memory that tensors and views of them share
+        of_torch = torch.from_numpy(tokens)
+        return of_torch[:, 0], of_torch[:, 1:]
+
+    objective.teacher.encode = encode
+    (view, *_), (draw,) = objective.request.views, objective.request.draws
+    mask = torch.from_numpy(np.stack([draw.function(generator, number) for number in range(4)]))
+    key = torch.arange(4)
+    batch = Batch(key, key, key, {view.name: torch.zeros(view.count * 4, 3, *view.size)}, {"mask": mask})
+    with torch.no_grad():
+        prepared = objective.prepare([batch] * 3, Progress(0, 10, 1.0, 0))
+    assert len(prepared) == len(alive) == 3
+    assert not [each for each in alive if each() is not None]
