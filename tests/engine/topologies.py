@@ -32,7 +32,8 @@ RESUMED_FROM = 10
 
 # A method whose runs may depend on how a batch is cut, and why; docs/guarantees.md says so, too.
 EXEMPT: dict[str, str] = {}
-PAIRS = {"supervised", "dinov2"}  # methods that relate images two by two here: mixup, and KoLeo in groups of two
+# Methods that relate images two by two here: mixup, and KoLeo in groups of two.
+PAIRS = {"supervised", "distill", "dinov2"}
 
 _SMALL = [
     "data.workers=0", "views.size=32", f"batch.global_size={GLOBAL_SIZE}", f"run.steps={STEPS}", "run.epochs=null",
