@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[2]
 METHODS = [method for _, method in methods() if method not in EXEMPT]
 CUTS = [(ranks, accumulation) for ranks in WORLDS for accumulation in ACCUMULATIONS]
 MOST_RANKS = WORLDS[-1]
-# Rounding to levels makes a whole step of the last bit of a number that lies between two of them.
-SINGLE_PRECISION = {"fsq": 1e-4}
+# The worst of all tensors, which in these is a small one that began at zero; all their weights together differ by 1e-7.
+SINGLE_PRECISION = {"fsq": 3e-5, "distill": 3e-5}
 ON_MOST_RANKS = ("mae", "supervised")  # the others take many minutes there
 
 
