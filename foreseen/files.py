@@ -5,6 +5,7 @@ memory, or nested deeper than any parser goes.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -62,6 +63,17 @@ def open_regular(file: str | Path) -> int:
         os.close(descriptor)
         raise BadInput(refused)
     return descriptor
+
+
+def sha256_of(file: str | Path) -> str:
+    """The checksum of a regular file, as hexadecimal digits.
+
+    Raises:
+        BadInput: it is no regular file.
+        OSError: it cannot be read.
+    """
+    with os.fdopen(open_regular(file), "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_text(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:

@@ -9,7 +9,6 @@ lineage.json        where the weights are from
 The checksum of config.json names the tokenizer: it covers the weights, whose own checksum is in it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from foreseen.errors import BadInput
-from foreseen.files import read_json, sync
+from foreseen.files import read_json, sha256_of, sync
 from foreseen.tokenizers.build import build_for, shapes_in
 from foreseen.tokenizers.kinds import KINDS
 from foreseen.tokenizers.tokenizer import Tokenizer
@@ -112,7 +111,7 @@ def _write(
         "kind": tokenizer.kind,
         "codebook_size": tokenizer.codebook_size,
         "arguments": tokenizer.arguments(),
-        "weights_sha256": _sha256(folder / "model.safetensors"),
+        "weights_sha256": sha256_of(folder / "model.safetensors"),
     }
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
@@ -141,7 +140,7 @@ def load_tokenizer(folder: str | Path) -> TokenizerFolder:
         kind = described["kind"]
         if kind not in KINDS:
             raise BadInput(f"its config.json says kind {kind!r}; there are {', '.join(sorted(KINDS))}")
-        if _sha256(folder / "model.safetensors") != described["weights_sha256"]:
+        if sha256_of(folder / "model.safetensors") != described["weights_sha256"]:
             raise BadInput("model.safetensors is not the one that config.json was written with")
         tokenizer = build_for(shapes_in(folder / "model.safetensors"), KINDS[kind], described["arguments"])
         tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
@@ -154,10 +153,5 @@ def load_tokenizer(folder: str | Path) -> TokenizerFolder:
         what = str(error) if isinstance(error, BadInput) else " ".join(f"{type(error).__name__}: {error}".split())
         raise BadInput(f"the tokenizer folder {folder} cannot be read: {what[:500]}") from error
     return TokenizerFolder(
-        folder, tokenizer.eval().requires_grad_(False), _sha256(folder / "config.json"), health, lineage
+        folder, tokenizer.eval().requires_grad_(False), sha256_of(folder / "config.json"), health, lineage
     )  # fmt: skip
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

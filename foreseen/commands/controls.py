@@ -297,13 +297,12 @@ def claim_folder(config: "Config") -> None:
 
 def _weights_of(source: str) -> str:
     """The checksum of a folder's weights; public ones go by their name."""
-    import hashlib
+    from foreseen.files import sha256_of
 
     weights = Path(source) / "model.safetensors"
     if not weights.is_file():
         return source
-    with weights.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(weights)
 
 
 def make_runs(

@@ -6,7 +6,6 @@ checksums is passed over, with a word, for the one before. It holds no generator
 number of ranks: only (weights, optimizer, step, what the run is a function of).
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foreseen.errors import BadInput
-from foreseen.files import open_regular, read_json, sync, write_atomically
+from foreseen.files import read_json, sha256_of, sync, write_atomically
 
 _logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)")
@@ -90,7 +89,7 @@ class Checkpoints:
             if average is not None:
                 save_file(_separate(average), temporary / "average.safetensors")
             (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=2), encoding="utf-8")
-            manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            manifest = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=2), encoding="utf-8")
             for path in [*temporary.iterdir(), temporary]:
                 sync(path)
@@ -156,7 +155,7 @@ class Checkpoints:
             for name, expected in files.items():
                 if "/" in name or name.startswith("."):
                     return f"its manifest names {name!r}, which is no file of a checkpoint"
-                if _digest(folder / name) != expected:
+                if sha256_of(folder / name) != expected:
                     return f"{name} does not match its checksum"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return str(error)
@@ -228,8 +227,3 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(storage.data_ptr())
         separate[name] = tensor.clone() if shared else tensor
     return separate
-
-
-def _digest(path: Path) -> str:
-    with os.fdopen(open_regular(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,7 +11,6 @@ A folder is written beside its place, loaded back and compared, and only then pu
 """
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from foreseen import config
 from foreseen.data.views import IMAGENET_MEAN, IMAGENET_STD, View
 from foreseen.errors import BadInput
-from foreseen.files import read_json
+from foreseen.files import read_json, sha256_of
 from foreseen.handoff.card import keep_sections
 from foreseen.models.backbone import FACTORY, Pool, architecture_of, create_backbone
 from foreseen.models.initialise import Initialised, initialise
@@ -204,8 +203,7 @@ def load_encoder(init_from: str | Path) -> EncoderFolder:
     try:
         described = read_json(folder / "config.json")
         _check_described(described)
-        with (folder / "model.safetensors").open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        weights = sha256_of(folder / "model.safetensors")
         return EncoderFolder(
             source=str(folder),
             architecture=described["architecture"],

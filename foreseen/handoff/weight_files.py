@@ -1,6 +1,5 @@
 """Files of weights that others publish: safetensors, or what torch.save wrote; names and shapes first, values later."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from foreseen.errors import BadInput
+from foreseen.files import sha256_of
 from foreseen.handoff.inert_pickle import read_tensors
 
 _WRAPPERS = ("model", "state_dict", "module")  # what checkpoints call the weights among the rest
@@ -56,8 +56,7 @@ class WeightFile:
 
     def describe(self) -> dict[str, str]:
         """Its name and checksum, for a lineage."""
-        with self.path.open("rb") as file:
-            return {"name": self.path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"name": self.path.name, "sha256": sha256_of(self.path)}
 
 
 def open_weights(path: str | Path) -> WeightFile:
