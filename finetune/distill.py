@@ -22,13 +22,14 @@ from foreseen.errors import BadInput
 from foreseen.finetune.augment import erase, scale_boxes
 from foreseen.finetune.distillation_loss import Mean, hard_distillation, soft_distillation
 from foreseen.finetune.mixing import mix, scale_mixing
-from foreseen.finetune.supervised import Supervised, SupervisedOptions, create_classifier, exact, training_view
+from foreseen.finetune.supervised import Supervised, SupervisedOptions, create_classifier, training_view
 from foreseen.handoff.encoder import PUBLIC
 from foreseen.handoff.frozen import FrozenClassifier, frozen_classifier
 from foreseen.handoff.same_crop import SameCrop
 from foreseen.models.backbone import Pool
 from foreseen.models.drop_path import draw_drop_path
 from foreseen.models.frozen import Frozen
+from foreseen.models.precision import in_float32
 
 
 class DistillOptions(SupervisedOptions):
@@ -112,14 +113,14 @@ class Distill(Supervised):
         found = []
         for batch in micro_batches:
             images = self.augment(batch)
-            found.append(Shown(images, exact(self.teacher.network(self.teacher_images(batch, images)))))
+            found.append(Shown(images, in_float32(self.teacher.network(self.teacher_images(batch, images)))))
         return found
 
     def forward(self, batch: Batch, prepared: Shown, progress: Progress) -> dict[str, Tensor]:
         """The weighted sum of the labels' and the teacher's loss."""
         with draw_drop_path(self.model, subkey(batch.key, "drop_path")):
             found = self.model(prepared.images)
-        for_labels, for_teacher = map(exact, found if isinstance(found, tuple) else (found, found))
+        for_labels, for_teacher = map(in_float32, found if isinstance(found, tuple) else (found, found))
         labels = self.label_loss(for_labels, batch)
         teacher = self.teacher_loss(for_teacher, prepared.logits)
         weight = self.options.weight

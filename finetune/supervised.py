@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from foreseen.handoff.encoder import Preprocessing, create_encoder
 from foreseen.models.backbone import Pool
 from foreseen.models.drop_path import draw_drop_path
 from foreseen.models.initialise import head_names
+from foreseen.models.precision import in_float32
 
 _PICTURES = 8
 
@@ -134,7 +134,7 @@ class Supervised(Objective):
     def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
         """The cross-entropy, or that of each class by itself, with mixed and smoothed labels."""
         with draw_drop_path(self.model, subkey(batch.key, "drop_path")):
-            logits = exact(self.model(self.augment(batch)))
+            logits = in_float32(self.model(self.augment(batch)))
         loss = self.label_loss(logits, batch)
         return {"loss": loss} | self.accuracy(logits, batch)
 
@@ -159,7 +159,7 @@ class Supervised(Objective):
         assert batch.label is not None
         known = batch.label >= 0
         label = batch.label.clamp(min=0)
-        logits = exact(self.model(batch.images[self.view.name]))
+        logits = in_float32(self.model(batch.images[self.view.name]))
         hits = logits.topk(min(5, self.num_classes), dim=1).indices == label[:, None]
         loss = F.cross_entropy(logits, label, reduction="none")
         return {
@@ -199,11 +199,6 @@ class Supervised(Objective):
         if "mix" in batch.draws:
             images = mix(images, batch.draws["mix"])
         return images
-
-
-def exact(logits: Tensor) -> Tensor:
-    """In float32 at least."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def create_classifier(config: Config, options: SupervisedOptions, num_classes: int) -> tuple[nn.Module, View]:

@@ -37,6 +37,7 @@ from foreseen.models.mask_tokens import (
     run_blocks,
     run_last_block,
 )
+from foreseen.models.precision import in_float32
 from foreseen.pretrain.beit_aggregation import AggregateOptions, PatchAggregation
 from foreseen.pretrain.beit_baselines import NearestVisible, PositionCounts
 from foreseen.pretrain.beit_initial import draw, draw_normal, initialise
@@ -167,7 +168,7 @@ class BEiT(Objective):
             images = batch.images[self.view.name] * self.tokens_scale + self.tokens_shift
         else:
             images = batch.images[self.tokens_view.name]
-        images = _exact(images)
+        images = in_float32(images)
         with torch.autocast(images.device.type, enabled=False):
             return tokenizer.encode(images).flatten(1)
 
@@ -227,7 +228,7 @@ class BEiT(Objective):
             mixed = torch.cat([tokens[:, :prefix], early[:, prefix:]], dim=1)
             aggregated = self.aggregation(mixed, prefix + places, arguments)
             predictions.append((self.aggregation.head or self.head)((self.aggregation.norm or vit.norm)(aggregated)))
-        return [_exact(logits) for logits in predictions]
+        return [in_float32(logits) for logits in predictions]
 
     def after_step(self, progress: Progress, finite: Tensor) -> None:
         """Count the codes of each place."""
@@ -271,10 +272,6 @@ class BEiT(Objective):
             row += [_as_pixels(tokenizer.decode(each), size) for each in maps]
             name += ", decoded codes, decoded prediction"
         return {name: torch.cat(row, dim=3)}
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

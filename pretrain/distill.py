@@ -29,6 +29,7 @@ from foreseen.handoff.same_crop import SameCrop
 from foreseen.models.drop_path import draw_drop_path
 from foreseen.models.features import feature_map
 from foreseen.models.frozen import Frozen
+from foreseen.models.precision import in_float32
 
 _PICTURES = 8
 
@@ -128,8 +129,8 @@ class FeatureDistill(Objective):
         """The teacher's features [B, T] and [B, T, h, w], in float32 at least, normalised over their channels."""
         pooled, places = self._features(self.teacher.network, self.crop.images(batch))
         if places is not None:
-            places = _normalised(_at_places(_exact(places), self.grid))
-        return Features(None if pooled is None else _normalised(_exact(pooled)), places)
+            places = _normalised(_at_places(in_float32(places), self.grid))
+        return Features(None if pooled is None else _normalised(in_float32(pooled)), places)
 
     def forward(self, batch: Batch, prepared: Features, progress: Progress) -> dict[str, Tensor]:
         """The weighted sum of both losses."""
@@ -139,7 +140,7 @@ class FeatureDistill(Objective):
         weights = {"pooled": options.pooled_weight, "places": options.patch_weight}
         for name, ours, theirs in zip(Features._fields, found, prepared, strict=True):
             if ours is not None and theirs is not None:
-                parts[name] = self._distance(_exact(self.projectors[name](ours)), theirs)
+                parts[name] = self._distance(in_float32(self.projectors[name](ours)), theirs)
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return {"loss": loss} | parts
 
@@ -175,10 +176,6 @@ class FeatureDistill(Objective):
             raise BadInput(f"{key}: {error}; set method.patch_weight to 0, or take another") from error
         finally:
             model.train(was_training)
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _normalised(x: Tensor) -> Tensor:
