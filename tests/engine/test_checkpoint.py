@@ -22,7 +22,7 @@ def _save(checkpoints: Checkpoints, step: int) -> None:
 
 def sign(folder: Path) -> None:
     """Make the manifest of a checkpoint fit the files that a test has changed."""
-    digests = {path.name: checkpoint._digest(path) for path in folder.iterdir() if path.name != "manifest.json"}
+    digests = {path.name: checkpoint.sha256_of(path) for path in folder.iterdir() if path.name != "manifest.json"}
     (folder / "manifest.json").write_text(json.dumps({"files": digests}), encoding="utf-8")
 
 

@@ -169,7 +169,7 @@ def test_a_centre_that_one_rank_makes_alone_shows_in_the_losses(two_rank_runs: P
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "sentence"),
-    [("save_file", r"cannot be written to .*: No space left"), ("_digest", "all 1 checkpoints in")],
+    [("save_file", r"cannot be written to .*: No space left"), ("sha256_of", "all 1 checkpoints in")],
 )
 def test_where_rank_zero_fails_every_rank_is_told_and_none_waits(two_rank_runs: Path, what: str, sentence: str) -> None:
     told = [(two_rank_runs / f"no-{what}/told-{rank}").read_text(encoding="utf-8") for rank in (0, 1)]

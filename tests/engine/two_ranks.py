@@ -51,7 +51,7 @@ def fail(what: str, folder: Path, accelerator: Accelerator) -> None:
     def full(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if what == "_digest":
+    if what == "sha256_of":
         run(Supervised, folder, 4, accelerator)
     real = getattr(checkpoint, what)
     setattr(checkpoint, what, full)
