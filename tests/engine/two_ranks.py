@@ -127,7 +127,7 @@ def main(out: Path) -> None:
             run(make, out / f"{name}-{micro_size}", micro_size, accelerator)
     for name, (make, compute, optim) in VARIANTS.items():
         run(make, out / name, 4, accelerator, compute=compute, optim=optim)
-    for what in ("save_file", "_digest"):
+    for what in ("save_file", "sha256_of"):
         fail(what, out / f"no-{what}", accelerator)
     run(GoesWrong, out / GoesWrong.__name__, 4, accelerator, **GOING_WRONG)
     accelerator.end_training()
