@@ -227,12 +227,13 @@ class _Walk:
             raise _Bad(f"is damaged: the size of {name[:200]!r} is no number of bytes")
         if begin + size > self.end:
             raise _Bad(f"is truncated: {name[:200]} should end at byte {begin + size:,}, the file has {self.end:,}")
-        return begin + -(-size // _BLOCK) * _BLOCK
+        return begin + _in_blocks(size)
 
     def _payload(self, begin: int, size: int | None, limit: int, what: str) -> bytes:
         if size is None or size > limit:
             raise _Bad(f"has {what} of {size:,} bytes at byte {begin:,}, more than the {limit:,} allowed")
-        return os.pread(self.descriptor, size, begin)
+        # tarfile reads on to the end of the block, where a name has no NUL within its size: all readers see one name.
+        return os.pread(self.descriptor, _in_blocks(size), begin)
 
     def _name_next(self, name: bytes) -> None:
         if self.name is not None:
@@ -249,6 +250,10 @@ class _Walk:
             if not size.isdigit() or len(size) > 20 or self.size is not None:
                 raise _Bad(f"is damaged: a PAX header gives the size {size[:40].decode('ascii', 'replace')!r}")
             self.size = int(size)
+
+
+def _in_blocks(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _pax_records(payload: bytes) -> dict[bytes, bytes]:

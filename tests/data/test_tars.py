@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from foreseen.data.tars import Tar, read_tar, scan_tar
@@ -225,6 +225,8 @@ SEEDS = (SOUND + pax(path="c.jpg") + SOUND + END, header(b"L", octal(6), b"L") +
     edits=st.lists(st.tuples(st.integers(0, 2500), st.binary(min_size=1, max_size=12)), max_size=3),
     length=st.integers(0, 4000),
 )
+@example(seed=SEEDS[1], edits=[(512, b"\1" * 7)], length=2560)  # a long name without its NUL
+@example(seed=SEEDS[0], edits=[(517, b"\1" * 500)], length=4000)
 def test_any_bytes_are_read_as_tarfile_reads_them_or_are_a_sentence(
     seed: bytes, edits: list[tuple[int, bytes]], length: int, tmp_path: Path
 ) -> None:
