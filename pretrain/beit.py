@@ -29,13 +29,13 @@ from foreseen.handoff.encoder import create_encoder
 from foreseen.models.backbone import architecture_of, patch_grid, patch_size
 from foreseen.models.drop_path import draw_drop_path
 from foreseen.models.frozen import Frozen
+from foreseen.models.last_block import run_last_block
 from foreseen.models.mask_tokens import (
     MaskableViT,
     block_arguments,
     check_maskable,
     embed_masked,
     run_blocks,
-    run_last_block,
 )
 from foreseen.models.precision import in_float32
 from foreseen.pretrain.beit_aggregation import AggregateOptions, PatchAggregation

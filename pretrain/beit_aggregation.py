@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from foreseen.config import Section
 from foreseen.errors import BadInput
-from foreseen.models.mask_tokens import MaskableViT, run_blocks, run_last_block
+from foreseen.models.last_block import run_last_block
+from foreseen.models.mask_tokens import MaskableViT, run_blocks
 from foreseen.pretrain.beit_initial import begin_anew, draw, shrink
 
 

@@ -68,21 +68,31 @@ def koleo(features: Tensor, group: int) -> Tensor:
         return -(distance + 1e-8).log().mean()
 
 
-def masked_places(mask: Tensor, most: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def masked_places(mask: Tensor, most: int) -> Tensor:
     """As many places for each image as any mask can fill, so that nothing asks the device how many there are.
 
     Args:
         mask: True where hidden, [N, L].
         most: M, the most that any image hides.
+
+    Returns:
+        Numbers of hidden patches [N, M], and of others where there are too few.
+    """
+    return mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
+def place_weights(mask: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """What gives each image's hidden patches their mean: 1 / how many it hides, and 0 for places that are not hidden.
+
+    Args:
+        mask: True where hidden, [N, L].
+        places: of `masked_places`, [N, M].
         dtype: of the weights.
 
     Returns:
-        Numbers of hidden patches [N, M], of others where there are too few; and weights [N, M] that give each image's
-        hidden patches their mean: 1 / how many it hides, 0 for the others.
+        [N, M].
     """
-    places = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    hidden = mask.gather(1, places).to(dtype)
-    return places, hidden / mask.sum(1, keepdim=True).clamp(min=1)
+    return mask.gather(1, places).to(dtype) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def rows_at_once(asked: int | None, prototypes: int) -> int:

@@ -7,7 +7,7 @@ K prototypes.
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -25,8 +25,23 @@ from foreseen.models.drop_path import draw_drop_path
 from foreseen.models.masked_vit import check_plain_vit
 from foreseen.models.position import PositionResize
 from foreseen.models.projection_head import ProjectionHead
-from foreseen.models.vit_tokens import vit_tokens
+from foreseen.models.take import take
+from foreseen.models.vit_tokens import Patches, vit_tokens
 from foreseen.pretrain.self_distillation_options import Plan, SelfDistillationOptions
+
+
+class Encoded(NamedTuple):
+    """What a backbone makes of images.
+
+    Attributes:
+        pooled: as the backbone's own head would pool them, [N, D].
+        patches: tokens that were asked for, [N, M, D]; None of a backbone that is no plain ViT.
+        seen: all patches as the last block of a plain ViT sees them, [N, L, D].
+    """
+
+    pooled: Tensor
+    patches: Tensor | None = None
+    seen: Tensor | None = None
 
 
 class Network(nn.Module):
@@ -68,24 +83,29 @@ class Network(nn.Module):
         return self.head.patch_prototypes() if self.patch_head is None else self.patch_head.prototypes()
 
     def encode(
-        self, images: Tensor, key: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the backbone.
+        self, images: Tensor, key: Tensor | None = None, mask: Tensor | None = None, *, patches: Patches = "none"
+    ) -> Encoded:
+        """Run the backbone; behind the last attention of a plain ViT it computes what is pooled or asked for.
 
         Args:
             images: normalised, [N, C, H, W].
             key: for drop path, [N]; None where none is drawn, in evaluation.
             mask: patches hidden, [N, L]; for plain ViTs.
-
-        Returns:
-            Features pooled as the backbone's own head would, [N, D]; and patch tokens [N, L, D] of a plain ViT.
+            patches: whose tokens are wanted.
         """
         backbone: Any = self.backbone
         with nullcontext() if key is None else draw_drop_path(backbone, subkey(key, "drop_path")):
             if not is_plain_vit(backbone):
-                return backbone(images), None
-            tokens = vit_tokens(backbone, images, mask=mask, mask_token=self.mask_token, resize=self._resize)
-        return backbone.forward_head(tokens, pre_logits=True), tokens[:, backbone.num_prefix_tokens :]
+                return Encoded(backbone(images))
+            pools_all = backbone.global_pool != "token"
+            tokens = vit_tokens(
+                backbone, images, mask=mask, mask_token=self.mask_token, resize=self._resize,
+                patches="all" if pools_all else patches,
+            )  # fmt: skip
+        found = tokens.wanted[:, backbone.num_prefix_tokens :]
+        if pools_all and patches != "all":
+            found = take(found, patches) if isinstance(patches, Tensor) else found[:, :0]
+        return Encoded(backbone.forward_head(tokens.wanted, pre_logits=True), found, tokens.seen)
 
 
 def is_plain_vit(model: nn.Module) -> bool:

@@ -23,7 +23,10 @@ class FeatureHealth:
         self._patches: Tensor | None = None
 
     def add(self, pooled: Tensor, patches: Tensor | None = None) -> None:
-        """Take in a micro-batch: features [N, D] and, where the backbone has them, patch tokens [B, L, D]."""
+        """Take in a micro-batch: features [N, D] and, where the backbone has them, patch tokens [B, L, D].
+
+        These are the ones that the last block sees: behind it most methods compute few of them, or none.
+        """
         with torch.autocast(pooled.device.type, enabled=False):
             exact = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
             ones = torch.cat([exact, torch.ones_like(exact[:, :1])], dim=1)

@@ -27,10 +27,10 @@ from foreseen.models.masked_vit import (
     encode_visible,
     patchify,
     position_table,
-    take,
     unpatchify,
 )
 from foreseen.models.sincos import sincos_table
+from foreseen.models.take import take
 
 _PICTURES = 8
 

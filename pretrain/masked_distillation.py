@@ -20,12 +20,13 @@ from foreseen.data.views import Draw, Request, View, denormalise
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
 from foreseen.models.backbone import patch_size
-from foreseen.models.masked_vit import take
+from foreseen.models.take import take
 from foreseen.pretrain import small_machines
 from foreseen.pretrain.crops import by_crop, crop_keys
 from foreseen.pretrain.distillation_losses import (
     entropy,
     masked_places,
+    place_weights,
     row_cross_entropy,
     rows_at_once,
     summed_in_chunks,
@@ -166,30 +167,39 @@ class MaskedDistillation(SelfDistillation):
         masks = [batch.draws["mask"].transpose(0, 1).flatten(0, 1) for batch in micro_batches]
         bottlenecks, rows = [], []
         for batch, mask in zip(micro_batches, masks, strict=True):
-            pooled, tokens = self._teach(batch)
-            bottlenecks.append(self.teacher.head(pooled))
-            rows.append(self.patch_rows(_patches(tokens), mask))
-            del pooled, tokens  # before the next are made
+            places = self.hidden_places(mask)
+            encoded = self._teach(batch, "all" if self._is_centre_over_all else places)
+            bottlenecks.append(self.teacher.head(encoded.pooled))
+            rows.append(self.patch_rows(_patches(encoded.patches), places, mask))
+            del encoded  # before the next are made
         self._features.all_reduce()
         classes = self.class_targets(bottlenecks, progress)
         patches = self.patch_targets(rows, progress)
         return [Targets(*each) for each in zip(classes, patches, masks, strict=True)]
 
-    def patch_rows(self, tokens: Tensor, mask: Tensor) -> PatchRows:
+    @property
+    def _is_centre_over_all(self) -> bool:
+        """Whether the teacher's patches that the student sees count as well."""
+        return self.patch_centre is not None and self.centres_all_patches
+
+    def hidden_places(self, mask: Tensor) -> Tensor:
+        """Numbers of hidden patches, and of others where there are fewer than M: [N, L] -> [N, M]."""
+        return masked_places(mask, self._most)
+
+    def patch_rows(self, tokens: Tensor, places: Tensor, mask: Tensor) -> PatchRows:
         """What targets need of the teacher's patches of a micro-batch.
 
         Args:
-            tokens: of all patches, [N, L, D].
+            tokens: of the patches at the places, [N, M, D]; of all, [N, L, D], where the centre is over all.
+            places: numbers of hidden patches, [N, M].
             mask: True where hidden, [N, L].
         """
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        places, weights = masked_places(mask, self._most, dtype)
-        weights = weights.flatten()
-        if self.patch_centre is not None and self.centres_all_patches:
+        weights = place_weights(mask, places, torch.promote_types(tokens.dtype, torch.float32)).flatten()
+        if self._is_centre_over_all:
             everywhere = self.teacher.patch_bottleneck(tokens)
             rows, total = take(everywhere, places).flatten(0, 1), row_sum(everywhere.flatten(0, 1))
         else:
-            rows = self.teacher.patch_bottleneck(take(tokens, places)).flatten(0, 1)
+            rows = self.teacher.patch_bottleneck(tokens).flatten(0, 1)
             total = row_sum(rows, (weights > 0).to(rows.dtype))
         return PatchRows(rows, weights, places, total)
 
@@ -223,11 +233,13 @@ class MaskedDistillation(SelfDistillation):
     def forward(self, batch: Batch, prepared: Targets, progress: Progress) -> dict[str, Tensor]:
         """The cross-entropy over pairs of crops and over hidden patches, and what a method adds."""
         large, *small = self.views
-        pooled, tokens = self.student.encode(batch.images[large.name], crop_keys(batch, large), prepared.mask)
-        others = [self.student.encode(batch.images[view.name], crop_keys(batch, view))[0] for view in small]
+        pooled, hidden, _ = self.student.encode(
+            batch.images[large.name], crop_keys(batch, large), prepared.mask, patches=prepared.patches.places
+        )
+        others = [self.student.encode(batch.images[view.name], crop_keys(batch, view)).pooled for view in small]
         classes = self.class_terms(self.student.head(torch.cat([pooled, *others])), prepared.classes)
-        hidden = take(_patches(tokens), prepared.patches.places)
-        patches = self.patch_terms(self.student.patch_bottleneck(hidden).flatten(0, 1), prepared.patches)
+        rows = self.student.patch_bottleneck(_patches(hidden)).flatten(0, 1)
+        patches = self.patch_terms(rows, prepared.patches)
         more = self.added_terms(pooled)
         options = self.patch_options
         loss = options.class_weight * classes["loss"] + options.patch_weight * patches["patch_loss"]

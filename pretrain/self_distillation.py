@@ -20,10 +20,11 @@ from foreseen.engine.objective import Objective, ParameterRule, Progress, all_re
 from foreseen.engine.schedule import cosine, linear
 from foreseen.engine.teacher import move_teacher
 from foreseen.errors import BadInput
+from foreseen.models.vit_tokens import Patches
 from foreseen.pretrain.collapse import CollapseAlarm
 from foreseen.pretrain.crops import by_crop, crop_keys
 from foreseen.pretrain.distillation_losses import crop_cross_entropy, entropy, rows_at_once, summed_in_chunks
-from foreseen.pretrain.distilled_network import Network
+from foreseen.pretrain.distilled_network import Encoded, Network
 from foreseen.pretrain.feature_health import FeatureHealth
 from foreseen.pretrain.self_distillation_options import Plan, SelfDistillationOptions
 from foreseen.pretrain.target_balance import Centre, row_sum, scaled_logits, sinkhorn_shift
@@ -109,14 +110,14 @@ class SelfDistillation(Objective):
         """The teacher's bottlenecks of each micro-batch, and what balances them over the global batch."""
         self._check_batches(micro_batches)
         self._features = FeatureHealth()
-        bottlenecks = [self.teacher.head(self._teach(batch)[0]) for batch in micro_batches]
+        bottlenecks = [self.teacher.head(self._teach(batch).pooled) for batch in micro_batches]
         self._features.all_reduce()
         return self.class_targets(bottlenecks, progress)
 
-    def _teach(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _teach(self, batch: Batch, patches: Patches = "none") -> Encoded:
         """The teacher's features of a micro-batch, which nobody shall keep: they are as large as the images."""
-        encoded = self.teacher.encode(batch.images[self.large.name])
-        self._features.add(*encoded)
+        encoded = self.teacher.encode(batch.images[self.large.name], patches=patches)
+        self._features.add(encoded.pooled, encoded.seen)
         return encoded
 
     def class_targets(self, bottlenecks: Sequence[Tensor], progress: Progress) -> list[ClassTargets]:
@@ -145,7 +146,7 @@ class SelfDistillation(Objective):
     def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
         """The cross-entropy of student and teacher over all pairs of different crops."""
         pooled = torch.cat(
-            [self.student.encode(batch.images[view.name], crop_keys(batch, view))[0] for view in self.views]
+            [self.student.encode(batch.images[view.name], crop_keys(batch, view)).pooled for view in self.views]
         )
         return self.class_terms(self.student.head(pooled), prepared)
 

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from timm.layers import PatchEmbed
 from timm.models.beit import Beit
-from timm.models.beit import Block as BeitBlock
 from timm.models.eva import Eva
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from foreseen.errors import BadInput
-from foreseen.models.masked_vit import add_positions, check_plain_vit, take
+from foreseen.models.masked_vit import add_positions, check_plain_vit
 
 MaskableViT = Beit | VisionTransformer
 
@@ -73,24 +72,3 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, arguments: dict[str, Any]
     for block in blocks:
         x = block(x, **arguments)
         yield x
-
-
-def run_last_block(block: Any, x: Tensor, places: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """What the last block makes of some of its tokens, [B, P + L, D] and their numbers [B, T] -> [B, T, D].
-
-    Nothing looks at the others behind it, so they are only attended to: the MLP of visible patches would be a thirtieth
-    of BEiT's arithmetic, and twice as much with patch aggregation.
-    """
-    if not isinstance(block, BeitBlock | Block):
-        return take(block(x, **arguments), places)
-    attended = take(block.attn(block.norm1(x), **arguments), places)
-    x = take(x, places) + block.drop_path1(_scaled(block, 1, attended))
-    return x + block.drop_path2(_scaled(block, 2, block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
-
-
-def _scaled(block: Any, branch: int, y: Tensor) -> Tensor:
-    """What a branch of a block adds to its tokens, layer scale applied; branch 1 is the attention, 2 the MLP."""
-    if not isinstance(block, BeitBlock):
-        return getattr(block, f"ls{branch}")(y)  # type: ignore[no-any-return]
-    gamma = getattr(block, f"gamma_{branch}")
-    return y if gamma is None else gamma * y

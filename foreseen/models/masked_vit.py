@@ -15,7 +15,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from foreseen.errors import BadInput
+from foreseen.models.last_block import run_last_block
 from foreseen.models.sincos import sincos_table
+from foreseen.models.take import take
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -31,11 +33,6 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, in
     b, (ph, pw), (rows, columns) = len(patches), patch_size, grid
     images = patches.reshape(b, rows, columns, ph, pw, -1).permute(0, 5, 1, 3, 2, 4)
     return images.reshape(b, -1, rows * ph, columns * pw)
-
-
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Pick tokens of each image: [B, L, D] and [B, K] -> [B, K, D]."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def check_plain_vit(model: nn.Module, name: str) -> VisionTransformer:
@@ -152,24 +149,5 @@ class PatchDecoder(nn.Module):
         x = torch.cat([prefix, seen, unseen.to(seen.dtype)], dim=1)
         for block in self.blocks[:-1]:
             x = block(x)
-        x = _last_tokens(self.blocks[-1], x, num_hidden)
+        x = run_last_block(self.blocks[-1], x, slice(x.shape[1] - num_hidden, None))
         return self.pred(self.norm(x))  # type: ignore[no-any-return]
-
-
-def _last_tokens(block: Any, x: Tensor, count: int) -> Tensor:
-    """What a block makes of the last `count` tokens, [B, N, D] -> [B, count, D]; the others only give keys and values.
-
-    Nothing looks at the other tokens after the last block, and computing them would be a fiftieth of MAE's arithmetic.
-    """
-    attention, y, last = block.attn, block.norm1(x), x[:, -count:]
-    b, n, d = y.shape
-    heads, scale = attention.num_heads, attention.scale
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    q = F.linear(y[:, -count:], weight[:d], bias[:d]).view(b, count, heads, -1).transpose(1, 2)
-    k, v = F.linear(y, weight[d:], bias[d:]).view(b, n, 2, heads, -1).permute(2, 0, 3, 1, 4)
-    if attention.fused_attn:
-        attended = F.scaled_dot_product_attention(q, k, v)
-    else:
-        attended = ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-    last = last + attention.proj(attended.transpose(1, 2).reshape(b, count, d))
-    return last + block.mlp(block.norm2(last))  # type: ignore[no-any-return]

@@ -80,10 +80,10 @@ def test_features_equal_the_authors_at_any_size(dtype: torch.dtype) -> None:
     assert not unexpected
     assert not [name for name in missing if name.startswith("student.backbone")]
     for size in ("native", "small", "rect", "large"):
-        features, patches = objective.student.encode(tensors[f"in/images_{size}"].to(dtype))
         expected, tolerance = _expected(case, tensors, f"cls.{size}", dtype)
-        torch.testing.assert_close(features, expected, **tolerance)
-        assert patches is not None
+        for patches in ("none", "all"):
+            encoded = objective.student.encode(tensors[f"in/images_{size}"].to(dtype), patches=patches)
+            torch.testing.assert_close(encoded.pooled, expected, **tolerance)
 
 
 @pytest.mark.parametrize("name", ["head", "head_bn"])
@@ -199,7 +199,7 @@ def test_crops_of_one_size_run_together_and_the_head_once(dtype: torch.dtype) ->
     batch = Batch(key, key, key, {"global": torch.cat(crops[:2]), "local": torch.cat(crops[2:])})
     calls: list[list[int]] = []
     objective.student.backbone.patch_embed.register_forward_pre_hook(lambda _, args: calls.append(list(args[0].shape)))
-    features = [objective.student.encode(batch.images[view.name])[0] for view in objective.request.views]
+    features = [objective.student.encode(batch.images[view.name]).pooled for view in objective.request.views]
     logits = objective.student.head(torch.cat(features)) @ objective.student.head.prototypes().mT
     expected, tolerance = _expected(case, tensors, "output", dtype)
     torch.testing.assert_close(logits, expected, **tolerance)

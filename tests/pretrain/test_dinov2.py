@@ -13,9 +13,9 @@ from foreseen.data.batch import Batch
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
 from foreseen.models.drop_path import drop_path_modules
-from foreseen.models.masked_vit import take
 from foreseen.models.position import resample_pos_embed
 from foreseen.models.projection_head import ProjectionHead
+from foreseen.models.take import take
 from foreseen.pretrain.crop_masks import StratifiedMasks
 from foreseen.pretrain.dinov2 import DINOv2, from_official
 from foreseen.pretrain.distillation_losses import koleo
@@ -154,7 +154,9 @@ def test_patch_loss_and_centre_equal_the_authors(chunk: str | int, dtype: torch.
     objective.teacher.patch_bottleneck = lambda tokens: tokens
     mask = tensors["in/masks"]
     with torch.no_grad():
-        (targets,) = objective.patch_targets([objective.patch_rows(tensors["in/teacher"].to(dtype), mask)], PROGRESS)
+        places = objective.hidden_places(mask)
+        rows = objective.patch_rows(take(tensors["in/teacher"].to(dtype), places), places, mask)
+        (targets,) = objective.patch_targets([rows], PROGRESS)
         objective.patch_centre.observe([row_sum(tensors["in/teacher"].to(dtype).flatten(0, 1))], targets.prototypes)
     objective.patch_centre.move(torch.tensor(True))
     expected, tolerance = _expected(case, tensors, "center", dtype)
@@ -203,8 +205,12 @@ def test_features_equal_the_authors(name: str, dtype: torch.dtype) -> None:
     missing, unexpected = objective.load_state_dict(from_official(official, vit), strict=False)
     assert not unexpected
     assert not [key for key in missing if key.startswith(("student.backbone", "student.mask_token"))]
-    pooled, patches = objective.student.encode(tensors["in/images"].to(dtype), mask=tensors["in/masks"])
-    small, small_patches = objective.student.encode(tensors["in/images_small"].to(dtype))
+    mask = tensors["in/masks"]
+    pooled, patches, _ = objective.student.encode(tensors["in/images"].to(dtype), mask=mask, patches="all")
+    small, small_patches, _ = objective.student.encode(tensors["in/images_small"].to(dtype), patches="all")
+    places = objective.hidden_places(mask)
+    alone = objective.student.encode(tensors["in/images"].to(dtype), mask=mask, patches=places)
+    torch.testing.assert_close(alone[:2], (pooled, take(patches, places)))
     found = {
         "x_norm_clstoken": pooled, "x_norm_patchtokens": patches,
         "small_clstoken": small, "small_patchtokens": small_patches,

@@ -13,9 +13,10 @@ from foreseen.config import Config
 from foreseen.data.batch import Batch
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
-from foreseen.models.masked_vit import take
 from foreseen.models.projection_head import ProjectionHead
+from foreseen.models.take import take
 from foreseen.pretrain.crop_masks import IndependentMasks
+from foreseen.pretrain.distilled_network import Encoded
 from foreseen.pretrain.ibot import IBOT, from_official
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
@@ -99,9 +100,9 @@ def test_losses_gradients_and_centres_equal_the_authors_call_after_call(chunk: s
         mask = tensors["in/masks"][call].flatten(1)
         with torch.no_grad():
             (classes,) = objective.class_targets([widened(tensors["in/teacher_cls"][call])], progress)
-            (patches,) = objective.patch_targets(
-                [objective.patch_rows(tensors["in/teacher_patch"][call].to(dtype), mask)], progress
-            )
+            taught = tensors["in/teacher_patch"][call].to(dtype)
+            rows = objective.patch_rows(taught, objective.hidden_places(mask), mask)
+            (patches,) = objective.patch_targets([rows], progress)
         student_cls = tensors["in/student_cls"][call].to(dtype).requires_grad_()
         student_patch = tensors["in/student_patch"][call].to(dtype).requires_grad_()
         crops = torch.cat([widened(student_cls), widened(tensors["in/student_local_cls"][call])])
@@ -159,9 +160,12 @@ def test_masked_features_equal_the_authors(dtype: torch.dtype) -> None:
     assert not [name for name in missing if name.startswith(("student.backbone", "student.mask_token"))]
     objective.to(dtype)
     mask = tensors["in/mask"].flatten(1)
-    pooled, patches = objective.student.encode(tensors["in/images"].to(dtype), mask=mask)
     expected, tolerance = _expected(case, tensors, "tokens", dtype)
-    torch.testing.assert_close(torch.cat([pooled[:, None], patches], dim=1), expected, **tolerance)
+    every = torch.arange(mask.shape[1]).expand_as(mask)
+    for wanted, places in (("none", every[:, :0]), ("all", every), (every[:, 3:5], every[:, 3:5])):
+        pooled, patches, _ = objective.student.encode(tensors["in/images"].to(dtype), mask=mask, patches=wanted)
+        found = torch.cat([pooled[:, None], patches], dim=1)
+        torch.testing.assert_close(found, torch.cat([expected[:, :1], take(expected[:, 1:], places)], 1), **tolerance)
 
 
 @pytest.mark.parametrize("name", ["block_mask_official", "block_mask_fixed", "rand_mask"])
@@ -224,8 +228,8 @@ def test_hidden_pixels_reach_the_teacher_alone() -> None:
     mask[0, :8] = True
     changed = images.clone()
     changed[:, :, :16] += 1.0
-    student = [objective.student.encode(each, mask=mask)[1] for each in (images, changed)]
-    teacher = [objective.teacher.encode(each)[1] for each in (images, changed)]
+    student = [objective.student.encode(each, mask=mask, patches="all").patches for each in (images, changed)]
+    teacher = [objective.teacher.encode(each, patches="all").patches for each in (images, changed)]
     assert torch.equal(*student)
     assert not torch.equal(*teacher)
     assert objective.teacher.mask_token is None
@@ -260,14 +264,15 @@ def test_what_cannot_work_is_refused_with_a_sentence(overrides: dict[str, Any], 
 def test_accumulation_keeps_no_teachers_tokens(centering: str) -> None:
     objective = _small(method__centering=centering)
     generator, alive = np.random.default_rng(0), []
-    num_features, patches = objective.student.backbone.num_features, objective.student.backbone.patch_embed.num_patches
+    num_features, count = objective.student.backbone.num_features, objective.student.backbone.patch_embed.num_patches
 
-    def encode(images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(images: Tensor, patches: Tensor | str) -> Encoded:
         assert not [each for each in alive if each() is not None]
-        tokens = generator.standard_normal((len(images), 1 + patches, num_features), dtype=np.float32)
+        tokens = generator.standard_normal((len(images), 1 + count, num_features), dtype=np.float32)
         alive.append(weakref.ref(tokens))  # memory that tensors and views of them share
         of_torch = torch.from_numpy(tokens)
-        return of_torch[:, 0], of_torch[:, 1:]
+        found = of_torch[:, 1:]
+        return Encoded(of_torch[:, 0], found if isinstance(patches, str) else take(found, patches), found)
 
     objective.teacher.encode = encode
     (view, *_), (draw,) = objective.request.views, objective.request.draws

@@ -84,15 +84,6 @@ def test_loss_prediction_and_gradients_equal_the_authors(case_name: str, dtype: 
     assert frozen == {"vit.pos_embed"}  # the decoder's table is a buffer
 
 
-def test_the_decoders_last_block_is_timms_block_on_the_tokens_that_count() -> None:
-    from foreseen.models.masked_vit import _last_tokens
-
-    block, x = _small().decoder.blocks[-1].double(), torch.randn(2, 9, 32, dtype=torch.float64)
-    for fused in (True, False):
-        block.attn.fused_attn = fused
-        torch.testing.assert_close(_last_tokens(block, x, 5), block(x)[:, -5:], rtol=1e-12, atol=1e-12)
-
-
 def test_patches_have_the_authors_pixel_order() -> None:
     case, tensors = load_case("mae", "pretrain_raw")
     p = case["config"]["patch_size"]
