@@ -36,6 +36,7 @@ from foreseen.data.colour_draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, Co
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's "L"
 _BOXES = 3  # of Pillow's Gaussian
 _CPU_BYTES, _DEVICE_BYTES = 1 << 20, 1 << 28  # of the crops that are changed at a time, as floats
+_GROUPED_BYTES = 6 << 20  # of crops that it pays to sort on a CPU; below, there is more calling than computing
 
 Operation = Callable[[Tensor, Tensor], Tensor | None]
 
@@ -58,10 +59,11 @@ class ColourChanges:
     def parts(self, size: tuple[int, int], device: torch.device) -> Iterator[NDArray[np.int64]]:
         """Which crops of a size are best changed at a time; every row once."""
         on_cpu = device.type == "cpu"
-        most = max(1, (_CPU_BYTES if on_cpu else _DEVICE_BYTES) // (12 * size[0] * size[1]))
+        crop_bytes = 12 * size[0] * size[1]
+        most = max(1, (_CPU_BYTES if on_cpu else _DEVICE_BYTES) // crop_bytes)
         rows = np.arange(len(self._draws.order))
         groups = [rows]
-        if on_cpu and most > 1:
+        if on_cpu and most > 1 and len(rows) * crop_bytes > _GROUPED_BYTES:
             # Those with the same order of the jitter together: each operation then runs on the whole part.
             code = self._draws.order @ (5 ** np.arange(4))
             rows = np.argsort(code, kind="stable")

@@ -66,7 +66,8 @@ def test_colours_do_not_depend_on_how_a_batch_is_cut(exact: bool, monkeypatch: p
     positions = np.arange(24)
     whole = seen(*views, positions=positions)
     for cut in (1, 5):
-        # As small a cache as gives parts of another size, with their own neighbours.
+        # As small a cache as gives parts of another size, sorted besides, with their own neighbours.
+        monkeypatch.setattr(colour_batched, "_GROUPED_BYTES", 0)
         monkeypatch.setattr(colour_batched, "_CPU_BYTES", cut * 3 * 4 * 16 * 16)
         found = [seen(*views, positions=part) for part in np.split(positions, range(cut, 24, cut))]
         for name in whole:
