@@ -113,7 +113,7 @@ def is_plain_vit(model: nn.Module) -> bool:
     if not isinstance(model, VisionTransformer):
         return False
     try:
-        check_plain_vit(model, "")
+        check_plain_vit(model, "", stem=True)
     except BadInput:
         return False
     return True

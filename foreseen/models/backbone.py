@@ -14,6 +14,7 @@ from typing import Any, Literal
 import timm
 from timm.models import VisionTransformer, is_model, model_entrypoint, split_model_name_tag
 from timm.models.beit import Beit
+from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -103,8 +104,12 @@ def architecture_of(model: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def patch_size(model: nn.Module) -> tuple[int, int] | None:
-    """The (height, width) of a model's patches in pixels; None for one that has no patch embedding."""
-    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    """The (height, width) of a model's patches in pixels, behind a convolutional stem, too; None without patches."""
+    embedding: Any = getattr(model, "patch_embed", None)
+    if isinstance(embedding, HybridEmbed):
+        rows, columns = embedding.feat_ratio(as_scalar=False)  # type: ignore[misc]  # of pixels, not of the stem's map
+        return int(rows), int(columns)
+    size = getattr(embedding, "patch_size", None)
     return None if size is None else ((size, size) if isinstance(size, int) else (int(size[0]), int(size[1])))
 
 

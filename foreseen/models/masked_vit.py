@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import Tensor, nn
 
 from foreseen.errors import BadInput
@@ -35,13 +36,20 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, in
     return images.reshape(b, -1, rows * ph, columns * pw)
 
 
-def check_plain_vit(model: nn.Module, name: str) -> VisionTransformer:
+def check_plain_vit(model: nn.Module, name: str, *, stem: bool = False) -> VisionTransformer:
     """The model itself, if its patches can be hidden.
+
+    Args:
+        model: a backbone.
+        name: its name in timm, for the sentence.
+        stem: patches may be embedded by a convolutional stem (timm's `vit_*_r*_s*`). What is hidden behind a stem is
+            the token, while its neighbours have seen some of its pixels.
 
     Raises:
         BadInput: it is no plain ViT, or has no position table of its own.
     """
-    plain = isinstance(model, VisionTransformer) and type(model.patch_embed) is PatchEmbed
+    embeddings = (PatchEmbed, HybridEmbed) if stem else (PatchEmbed,)
+    plain = isinstance(model, VisionTransformer) and type(model.patch_embed) in embeddings
     pooled = getattr(model, "attn_pool", None) is not None  # would be handed on untrained
     if not isinstance(model, VisionTransformer) or not plain or model.pos_embed is None or pooled:
         raise BadInput(
