@@ -103,11 +103,17 @@ class Plan:
             of_warmup = of_temperature if options.teacher_temp != options.warmup_teacher_temp else None
         else:
             temperature_steps, of_warmup = round(epochs * size.steps_per_epoch), None
+        of_average = None
+        if config.optim.ema_decay is not None:
+            of_average = (
+                f"optim.ema_decay {config.optim.ema_decay} averages the student, but what is scored and handed over is "
+                "the teacher, an average already (method.teacher_momentum): optim.ema_decay=null spares the memory"
+            )
         return cls(
             prototypes=prototypes,
             momentum=momentum,
             temperature_steps=temperature_steps,
             frozen_steps=round(options.freeze_last_layer_epochs * size.steps_per_epoch),
             grace_steps=(config.optim.warmup_steps or 0) + options.head_warmup_steps,
-            notes=tuple(note for note in (of_prototypes, of_momentum, of_warmup) if note is not None),
+            notes=tuple(note for note in (of_prototypes, of_momentum, of_warmup, of_average) if note is not None),
         )
