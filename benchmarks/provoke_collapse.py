@@ -8,7 +8,7 @@ Provoked runs are 500 steps of 16 images with a tiny network, and are stopped by
 
 * uniform: the teacher is no sharper than the student, so nothing works against the centre;
 * one-hot: nothing is centred;
-* rank: a huge lr and weight decay, so that features shrink to one.
+* rank: a huge lr and weight decay, so that features shrink to one (DINOv2: and no KoLeo, which keeps them apart).
 
 Healthy runs are the method's own CPU recipe, as it is but for length and batch. Each line ends with the last health
 numbers. docs/self_distillation.md has what came out.
@@ -47,7 +47,8 @@ OF_MASKED = {
     "uniform": ["method.teacher_patch_temp=0.1", "method.warmup_teacher_patch_temp=0.1"],
     "one-hot": ["method.patch_center_momentum=1.0"],
 }
-OF_METHOD = {"dinov2": ["method.patch_bottleneck_dim=32"]}
+# KoLeo keeps features apart, whatever becomes of the targets, so nothing but its absence lets their rank collapse.
+OF_METHOD = {"dinov2": ["method.patch_bottleneck_dim=32", "method.koleo_weight=0"]}
 ALARM = re.compile(r"step (\d+): COLLAPSE \(([\w-]+)\)")
 
 

@@ -63,7 +63,7 @@ class DINOv2Options(MaskedDistillationOptions):
 
 
 class DINOv2(MaskedDistillation):
-    """Class and patch distillation with KoLeo, over any plain timm ViT."""
+    """Class and patch distillation with KoLeo, over any plain timm ViT, and timm's Swins."""
 
     drops_gradient = False  # the authors set the frozen layer's lr to 0, and its moments go on
     centres_all_patches = False

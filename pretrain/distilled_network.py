@@ -25,6 +25,7 @@ from foreseen.models.drop_path import draw_drop_path
 from foreseen.models.masked_vit import check_plain_vit
 from foreseen.models.position import PositionResize
 from foreseen.models.projection_head import ProjectionHead
+from foreseen.models.swin_tokens import is_swin, swin_tokens
 from foreseen.models.vit_tokens import vit_tokens
 from foreseen.pretrain.self_distillation_options import Plan, SelfDistillationOptions
 
@@ -54,7 +55,7 @@ class Network(nn.Module):
         self.head = head
         self.patch_head = patch_head
         described: Any = backbone
-        self.mask_token = nn.Parameter(torch.zeros(1, described.num_features)) if masks else None
+        self.mask_token = nn.Parameter(torch.zeros(1, described.embed_dim)) if masks else None
         self._resize: PositionResize = resize
 
     def patch_bottleneck(self, tokens: Tensor) -> Tensor:
@@ -75,13 +76,16 @@ class Network(nn.Module):
         Args:
             images: normalised, [N, C, H, W].
             key: for drop path, [N]; None where none is drawn, in evaluation.
-            mask: patches hidden, [N, L]; for plain ViTs.
+            mask: patches hidden, [N, L]; for plain ViTs, and Swins, whose patches are the places of their last map.
 
         Returns:
-            Features pooled as the backbone's own head would, [N, D]; and patch tokens [N, L, D] of a plain ViT.
+            Features pooled as the backbone's own head would, [N, D]; and patch tokens [N, L, D] of such a backbone.
         """
         backbone: Any = self.backbone
         with nullcontext() if key is None else draw_drop_path(backbone, subkey(key, "drop_path")):
+            if is_swin(backbone):
+                places = swin_tokens(backbone, images, mask=mask, mask_token=self.mask_token)
+                return backbone.forward_head(places, pre_logits=True), places.flatten(1, 2)
             if not is_plain_vit(backbone):
                 return backbone(images), None
             tokens = vit_tokens(backbone, images, mask=mask, mask_token=self.mask_token, resize=self._resize)

@@ -346,7 +346,7 @@ def test_any_backbone_that_pools_features_is_trained_whole(name: str) -> None:
     objective.after_step(PROGRESS, torch.tensor(True))
     numbers = objective.health()
     assert all(math.isfinite(float(value)) for value in numbers.values())
-    assert ("patch_diversity" in numbers) == (name.startswith(("vit", "deit")))
+    assert ("patch_diversity" in numbers) == (name.startswith(("vit", "deit", "swin")))
 
 
 def test_batch_norm_of_the_teacher_counts_its_own_batches() -> None:
