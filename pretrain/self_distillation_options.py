@@ -59,6 +59,15 @@ class SelfDistillationOptions(MethodOptions):
     """The large and small crops; their colours."""
 
     @model_validator(mode="after")
+    def _there_are_pairs(self) -> Self:
+        if self.crops.global_count + self.crops.local_count < 2:
+            raise ValueError(
+                f"method.crops.global_count {self.crops.global_count} and method.crops.local_count "
+                f"{self.crops.local_count} leave no two crops of an image to compare; take at least 2 together"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _teacher_is_sharper(self) -> Self:
         for key in ("teacher_temp", "warmup_teacher_temp"):
             if getattr(self, key) > self.student_temp:
