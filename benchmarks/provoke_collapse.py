@@ -65,7 +65,8 @@ def run(method: str, pets: Path, folder: Path, overrides: list[str]) -> tuple[st
     folder.mkdir(parents=True)
     with (folder / "log").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            pretrain.run(load_recipe("pretrain", f"{method}_cpu_minutes", [*own, *overrides]))
+            if pretrain.run(load_recipe("pretrain", f"{method}_cpu_minutes", [*own, *overrides])).preempted:
+                sys.exit("told to stop")
         except BadInput as stopped:
             found = ALARM.match(str(stopped))
             if found is None:

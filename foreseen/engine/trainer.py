@@ -205,10 +205,14 @@ def _check_groups(job: Job, layout: BatchLayout) -> None:
     if micro_size % group == 0:
         return
     fitting = [str(size) for size in layout.micro_sizes if size % group == 0]
-    fits = f"batch.micro_size {', '.join(fitting[-6:])} fits" if fitting else "no batch.micro_size fits"
     advice = job.objective.group_advice(micro_size)
     raise BadInput(
         f"batch.micro_size {micro_size} is no multiple of {group}, the size of the groups in which "
-        f"{job.config.method.name} relates images to each other; {fits} batch.global_size {layout.global_size}"
+        f"{job.config.method.name} relates images to each other; "
+        + (
+            f"micro sizes that fit batch.global_size {layout.global_size} are {', '.join(fitting[-6:])}"
+            if fitting
+            else f"set batch.global_size to a multiple of {group * layout.ranks}"
+        )
         + (f"; or set {advice}" if advice else "")
     )

@@ -404,7 +404,7 @@ def test_pictures_show_every_crop() -> None:
         ({"method__crops": _crops(20)}, r"method.crops.local_size is \[20, 20\].*it takes.*\[16, 16\], \[24"),
         ({"model__name": "hiera_tiny_224", "model__args": "{}", "model__drop_path_rate": 0, "views__size": 224,
           "method__crops": _crops(96)}, r"method.crops.local_size is \[96, 96\].*it takes.*\[224, 224\]"),
-        ({"method__crops": _crops(16, "[0.5, 0.1]")}, "local_scale must be two rising shares"),
+        ({"method__crops": _crops(16, "[0.5, 0.1]")}, "method.crops.local_scale must be two rising shares"),
         ({"method__head_warmup_steps": 5}, "model.init_from null"),
         ({"method__crop": 1}, "did you mean 'method.crops'"),
     ],
