@@ -29,7 +29,9 @@ def vectors(cosine: float | None, generator: torch.Generator) -> tuple[Tensor, T
     if cosine is None:
         return random(CROPS, IMAGES, DIM), random(LARGE, IMAGES, DIM), prototypes
     around = (1 - cosine**2) ** 0.5
-    crops = [F.normalize(cosine * prototypes[:IMAGES] + around * random(n, IMAGES, DIM), dim=-1) for n in (CROPS, LARGE)]
+    crops = [
+        F.normalize(cosine * prototypes[:IMAGES] + around * random(n, IMAGES, DIM), dim=-1) for n in (CROPS, LARGE)
+    ]
     return crops[0], crops[1], prototypes
 
 

@@ -123,7 +123,10 @@ def test_there_may_be_no_small_crops() -> None:
         ({"global_count": 0}, "greater than or equal to 1"),
         ({"local_count": -1}, "greater than or equal to 0"),
         ({"local_size": 0}, r"method.crops.local_size must be positive, got \(0, 0\)"),
-        ({"local_scale": (0.4, 0.05)}, r"method.crops.local_scale must be two rising shares in \(0, 1\], got \(0\.4, 0\.05\)"),
+        (
+            {"local_scale": (0.4, 0.05)},
+            r"method.crops.local_scale must be two rising shares in \(0, 1\], got \(0\.4, 0\.05\)",
+        ),
         ({"local_scale": (0.05, 1.5)}, "method.crops.local_scale must be two rising shares"),
         ({"colours": "simclr"}, "'dino', 'dinov2' or 'byol'"),
     ],
