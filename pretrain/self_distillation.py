@@ -211,9 +211,9 @@ class SelfDistillation(Objective):
     def health(self) -> dict[str, Tensor]:
         """What the last step's targets were like, and how varied features.
 
-        `prototypes_used` is the exponential of the mean target's entropy. That entropy less the mean of the targets' own
-        is `target_information`: what a target says of its picture, in nats; 0 where all have the same, and at most ln 2
-        where they tell two kinds of pictures apart. `center_norm` is the length of the centre.
+        `prototypes_used` is the exponential of the mean target's entropy. That entropy less the mean of the targets'
+        own is `target_information`: what a target says of its picture, in nats; 0 where all have the same, and at most
+        ln 2 where they tell two kinds of pictures apart. `center_norm` is the length of the centre.
         """
         found: dict[str, Tensor] = {}
         if self._mean_target is not None and self._mean_entropy is not None:

@@ -62,8 +62,8 @@ def multicrop_views(
     """
     if options.colours is not None and views.colour is not None:
         raise BadInput(
-            f"views.colour is given besides the colours of {options.colours} for the crops; set method.crops.colours=null "
-            "to use it, or views.colour=null"
+            f"views.colour is given besides the colours of {options.colours} for the crops; set "
+            "method.crops.colours=null to use it, or views.colour=null"
         )
     global_colours: tuple[Colour | None, ...] = (views.colour,) * options.global_count
     local_colour = views.colour

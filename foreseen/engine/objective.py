@@ -158,7 +158,7 @@ class Objective(nn.Module):
         return {}
 
     def group_advice(self, micro_size: int) -> str:
-        """What else of the config to set where groups do not fit a micro-batch: "method.koleo_weight=0" and the like."""
+        """What else of the config to set where groups do not fit a micro-batch, such as "method.koleo_weight=0"."""
         return ""
 
     def evaluation_request(self) -> Request:

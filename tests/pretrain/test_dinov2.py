@@ -354,8 +354,8 @@ def test_what_cannot_work_is_refused_with_a_sentence(overrides: dict[str, Any], 
     ("micro_size", "sentence"),
     [
         (6, "batch.micro_size 6 is no multiple of 4, the size of the groups in which dinov2 relates images to each "
-            "other; micro sizes that fit batch.global_size 12 are 4, 12; or set method.koleo_group (now 4) to 2, 3, 6, or "
-            "method.koleo_weight=0, without KoLeo"),
+            "other; micro sizes that fit batch.global_size 12 are 4, 12; or set method.koleo_group (now 4) to 2, 3, 6, "
+            "or method.koleo_weight=0, without KoLeo"),
         (1, "batch.micro_size 1 is no multiple of 4, .* are 4, 12; or set method.koleo_weight=0, without KoLeo"),
     ],
 )  # fmt: skip
