@@ -131,5 +131,6 @@ class CollapseAlarm:
             f"step {step}: {name}: {what} (teacher entropy {numbers['teacher_entropy']:.3g} of "
             f"ln K = {math.log(self._prototypes):.3g}, {numbers['health/prototypes_used']:.3g} prototypes used, "
             f"targets say {numbers[_INFORMATION]:.2g} nats of a picture, "
-            f"feature rank {numbers['health/feature_rank']:.3g}, spread {numbers['health/feature_spread']:.2g}). Start anew in another run.dir: {remedy}"
+            f"feature rank {numbers['health/feature_rank']:.3g}, spread {numbers['health/feature_spread']:.2g}). "
+            f"Start anew in another run.dir: {remedy}"
         )
