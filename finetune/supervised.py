@@ -174,6 +174,10 @@ class Supervised(Objective):
         """The backbone with its head."""
         return self.model
 
+    def group_advice(self, micro_size: int) -> str:
+        """Mixing takes pairs."""
+        return "method.mixup=0 and method.cutmix=0"
+
     def parameter_rules(self, layer_decay: float | None) -> Mapping[str, ParameterRule]:
         """MAE's and BEiT's layer decay; see `foreseen.engine.layer_decay`."""
         decayed = self.options.decay_relative_positions

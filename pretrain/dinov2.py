@@ -63,7 +63,7 @@ class DINOv2Options(MaskedDistillationOptions):
 
 
 class DINOv2(MaskedDistillation):
-    """Class and patch distillation with KoLeo, over any plain timm ViT."""
+    """Class and patch distillation with KoLeo, over any plain timm ViT, and timm's Swins."""
 
     drops_gradient = False  # the authors set the frozen layer's lr to 0, and its moments go on
     centres_all_patches = False
@@ -108,6 +108,12 @@ class DINOv2(MaskedDistillation):
 
     koleo_weight: float = 0.0
     koleo_group: int = 2
+
+    def group_advice(self, micro_size: int) -> str:
+        """Groups that fit, and how to go without."""
+        divisors = [str(size) for size in range(2, micro_size + 1) if micro_size % size == 0]
+        groups = f"method.koleo_group (now {self.koleo_group}) to {', '.join(divisors[-6:])}, or " if divisors else ""
+        return f"{groups}method.koleo_weight=0, without KoLeo"
 
     def added_terms(self, pooled: Tensor) -> Mapping[str, tuple[float, Tensor]]:
         """KoLeo of each large crop's features, added up; crops of one image are never neighbours."""

@@ -25,6 +25,7 @@ from foreseen.models.drop_path import draw_drop_path
 from foreseen.models.masked_vit import check_plain_vit
 from foreseen.models.position import PositionResize
 from foreseen.models.projection_head import ProjectionHead
+from foreseen.models.swin_tokens import is_swin, swin_tokens
 from foreseen.models.take import take
 from foreseen.models.vit_tokens import Patches, vit_tokens
 from foreseen.pretrain.self_distillation_options import Plan, SelfDistillationOptions
@@ -35,8 +36,8 @@ class Encoded(NamedTuple):
 
     Attributes:
         pooled: as the backbone's own head would pool them, [N, D].
-        patches: tokens that were asked for, [N, M, D]; None of a backbone that is no plain ViT.
-        seen: all patches as the last block of a plain ViT sees them, [N, L, D].
+        patches: tokens that were asked for, [N, M, D]; None of a backbone that is neither a plain ViT nor a Swin.
+        seen: all patches as the last block of a plain ViT sees them, or of a Swin's last map, [N, L, D].
     """
 
     pooled: Tensor
@@ -69,7 +70,7 @@ class Network(nn.Module):
         self.head = head
         self.patch_head = patch_head
         described: Any = backbone
-        self.mask_token = nn.Parameter(torch.zeros(1, described.num_features)) if masks else None
+        self.mask_token = nn.Parameter(torch.zeros(1, described.embed_dim)) if masks else None
         self._resize: PositionResize = resize
 
     def patch_bottleneck(self, tokens: Tensor) -> Tensor:
@@ -90,11 +91,15 @@ class Network(nn.Module):
         Args:
             images: normalised, [N, C, H, W].
             key: for drop path, [N]; None where none is drawn, in evaluation.
-            mask: patches hidden, [N, L]; for plain ViTs.
+            mask: patches hidden, [N, L]; for plain ViTs, and Swins, whose patches are the places of their last map.
             patches: whose tokens are wanted.
         """
         backbone: Any = self.backbone
         with nullcontext() if key is None else draw_drop_path(backbone, subkey(key, "drop_path")):
+            if is_swin(backbone):
+                places = swin_tokens(backbone, images, mask=mask, mask_token=self.mask_token)
+                every = places.flatten(1, 2)
+                return Encoded(backbone.forward_head(places, pre_logits=True), _wanted(every, patches), every)
             if not is_plain_vit(backbone):
                 return Encoded(backbone(images))
             pools_all = backbone.global_pool != "token"
@@ -103,9 +108,16 @@ class Network(nn.Module):
                 patches="all" if pools_all else patches,
             )  # fmt: skip
         found = tokens.wanted[:, backbone.num_prefix_tokens :]
-        if pools_all and patches != "all":
-            found = take(found, patches) if isinstance(patches, Tensor) else found[:, :0]
+        if pools_all:
+            found = _wanted(found, patches)
         return Encoded(backbone.forward_head(tokens.wanted, pre_logits=True), found, tokens.seen)
+
+
+def _wanted(tokens: Tensor, patches: Patches) -> Tensor:
+    """Those of all patch tokens [N, L, D] that were asked for, [N, M, D]."""
+    if isinstance(patches, Tensor):
+        return take(tokens, patches)
+    return tokens if patches == "all" else tokens[:, :0]
 
 
 def is_plain_vit(model: nn.Module) -> bool:

@@ -54,7 +54,7 @@ class IBOTOptions(MaskedDistillationOptions):
 
 
 class IBOT(MaskedDistillation):
-    """DINO with masked patch distillation, over any plain timm ViT."""
+    """DINO with masked patch distillation, over any plain timm ViT, and timm's Swins."""
 
     @classmethod
     def build(cls, config: Config) -> "IBOT":

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from foreseen.data.batch import Batch
 from foreseen.data.views import Draw, Request, View, denormalise
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
 from foreseen.models.backbone import patch_size
+from foreseen.models.swin_tokens import is_swin, swin_stride
 from foreseen.models.take import take
 from foreseen.pretrain import small_machines
 from foreseen.pretrain.crops import by_crop, crop_keys
@@ -124,7 +125,7 @@ class MaskedDistillation(SelfDistillation):
     """Self-distillation of class tokens and of hidden patches.
 
     Args:
-        student: over a plain ViT, with a mask token.
+        student: over a plain ViT or a Swin, with a mask token.
         options: of the method.
         large: view of the crops that both networks see.
         small: views of the crops that the student alone sees.
@@ -290,8 +291,7 @@ class MaskedDistillation(SelfDistillation):
         found = super().pictures(batch, progress)
         large = self.large
         images = by_crop(batch.images[large.name], large.count)[:, :_PICTURES]
-        step = patch_size(self.student.backbone)
-        assert step is not None
+        step = _hidden_at_once(self.student.backbone)
         grid = (large.size[0] // step[0], large.size[1] // step[1])
         mask = batch.draws["mask"][:_PICTURES].transpose(0, 1)
         mask = mask.reshape(*mask.shape[:2], *grid)
@@ -301,24 +301,39 @@ class MaskedDistillation(SelfDistillation):
 
 
 def _patches(tokens: Tensor | None) -> Tensor:
-    assert tokens is not None, "check_masks lets only plain ViTs pass"
+    assert tokens is not None, "check_masks lets only backbones with patch tokens pass"
     return tokens
+
+
+def _hidden_at_once(backbone: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of what one entry of a mask hides."""
+    if is_swin(backbone):
+        return (swin_stride(backbone),) * 2
+    step = patch_size(backbone)
+    assert step is not None
+    return step
 
 
 def check_masks(parts: Parts) -> tuple[int, int]:
     """The grid of patches of a backbone that can be masked.
 
     Raises:
-        BadInput: it has no patch tokens.
+        BadInput: it has no patch tokens, or large crops do not fit the grid.
     """
-    if not is_plain_vit(parts.backbone):
+    if not (is_plain_vit(parts.backbone) or is_swin(parts.backbone)):
         raise BadInput(
-            f"model.name {parts.name} is no plain ViT: without patch tokens that a mask token can replace there is "
-            "nothing to predict; take one of timm's vit_*, deit_* or deit3_* models, or method.name=dino"
+            f"model.name {parts.name} is no plain ViT and no Swin: without patch tokens that a mask token can replace "
+            "there is nothing to predict; take one of timm's vit_*, deit_*, deit3_*, swin_* or swinv2_* models, or "
+            "method.name=dino"
         )
-    step = patch_size(parts.backbone)
-    assert step is not None
-    return parts.large.size[0] // step[0], parts.large.size[1] // step[1]
+    size, step = parts.large.size, _hidden_at_once(parts.backbone)
+    if any(side % unit for side, unit in zip(size, step, strict=True)):
+        near = [max(unit, round(side / unit) * unit) for side, unit in zip(size, step, strict=True)]
+        raise BadInput(
+            f"views.size {list(size)} is no multiple of {step[0]}, the pixels between places of the last map of "
+            f"{parts.name}, which masks hide; views.size={near} fits"
+        )
+    return size[0] // step[0], size[1] // step[1]
 
 
 def check_head(options: MaskedDistillationOptions) -> None:
@@ -335,7 +350,10 @@ def check_head(options: MaskedDistillationOptions) -> None:
     for key in ("teacher_patch_temp", "warmup_teacher_patch_temp"):
         value = getattr(options, key)
         if value is not None and value > options.student_temp:
-            raise BadInput(f"method.{key} {value} is above method.student_temp {options.student_temp}")
+            raise BadInput(
+                f"method.{key} {value} is above method.student_temp {options.student_temp}: targets softer than "
+                "predictions lead to a uniform collapse; the papers take 0.04 to 0.07 and 0.1"
+            )
 
 
 def count_patch_prototypes(options: MaskedDistillationOptions, plan: Plan, size: Size) -> tuple[int, tuple[str, ...]]:

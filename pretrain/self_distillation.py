@@ -85,6 +85,7 @@ class SelfDistillation(Objective):
             plan.prototypes, grace_steps=plan.grace_steps, stop=options.on_collapse == "stop"
         )  # fmt: skip
         self._mean_target: Tensor | None = None
+        self._mean_entropy: Tensor | None = None
         self._features = FeatureHealth()
 
     @property
@@ -133,7 +134,7 @@ class SelfDistillation(Objective):
         used = partial(_target_sum, temperature=temperature)
         total = torch.stack([summed_in_chunks(used, (each,), at_once, prototypes, shift) for each in bottlenecks])
         total = all_reduce_sum(total.sum(0))
-        self._mean_target = total / total.sum()
+        self._mean_target, self._mean_entropy = (total / total[:-1].sum()).tensor_split((-1,))
         return [ClassTargets(by_crop(each, self.num_large), prototypes, shift, temperature) for each in bottlenecks]
 
     def _check_batches(self, micro_batches: Sequence[Batch]) -> None:
@@ -209,13 +210,17 @@ class SelfDistillation(Objective):
         return rules
 
     def health(self) -> dict[str, Tensor]:
-        """The effective number of prototypes that the last step's targets used, and how varied features were.
+        """What the last step's targets were like, and how varied features.
 
-        Usage is the exponential of the mean target's entropy; `center_norm` the length of the centre.
+        `prototypes_used` is the exponential of the mean target's entropy. That entropy less the mean of the targets'
+        own is `target_information`: what a target says of its picture, in nats; 0 where all have the same, and at most
+        ln 2 where they tell two kinds of pictures apart. `center_norm` is the length of the centre.
         """
         found: dict[str, Tensor] = {}
-        if self._mean_target is not None:
-            found["prototypes_used"] = entropy(self._mean_target).exp()
+        if self._mean_target is not None and self._mean_entropy is not None:
+            of_all = entropy(self._mean_target)
+            found["prototypes_used"] = of_all.exp()
+            found["target_information"] = (of_all - self._mean_entropy.squeeze()).clamp(min=0.0)
         found |= self._features.numbers()
         if self.centre is not None:
             found["center_norm"] = self.centre.center.norm()
@@ -243,7 +248,10 @@ class SelfDistillation(Objective):
 
 
 def _target_sum(rows: Tensor, prototypes: Tensor, shift: Tensor, *, temperature: float) -> Tensor:
-    return (scaled_logits(rows, prototypes, temperature) + shift).softmax(dim=-1).sum(0)
+    """The sum of targets, and behind it that of their entropies, [K + 1]."""
+    logs = (scaled_logits(rows, prototypes, temperature) + shift).log_softmax(dim=-1)
+    targets = logs.exp()
+    return torch.cat([targets.sum(0), -(targets * logs).sum()[None]])
 
 
 def _class_sums(

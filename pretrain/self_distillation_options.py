@@ -59,6 +59,15 @@ class SelfDistillationOptions(MethodOptions):
     """The large and small crops; their colours."""
 
     @model_validator(mode="after")
+    def _there_are_pairs(self) -> Self:
+        if self.crops.global_count + self.crops.local_count < 2:
+            raise ValueError(
+                f"method.crops.global_count {self.crops.global_count} and method.crops.local_count "
+                f"{self.crops.local_count} leave no two crops of an image to compare; take at least 2 together"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _teacher_is_sharper(self) -> Self:
         for key in ("teacher_temp", "warmup_teacher_temp"):
             if getattr(self, key) > self.student_temp:
@@ -103,11 +112,17 @@ class Plan:
             of_warmup = of_temperature if options.teacher_temp != options.warmup_teacher_temp else None
         else:
             temperature_steps, of_warmup = round(epochs * size.steps_per_epoch), None
+        of_average = None
+        if config.optim.ema_decay is not None:
+            of_average = (
+                f"optim.ema_decay {config.optim.ema_decay} averages the student, but what is scored and handed over is "
+                "the teacher, an average already (method.teacher_momentum): optim.ema_decay=null spares the memory"
+            )
         return cls(
             prototypes=prototypes,
             momentum=momentum,
             temperature_steps=temperature_steps,
             frozen_steps=round(options.freeze_last_layer_epochs * size.steps_per_epoch),
             grace_steps=(config.optim.warmup_steps or 0) + options.head_warmup_steps,
-            notes=tuple(note for note in (of_prototypes, of_momentum, of_warmup) if note is not None),
+            notes=tuple(note for note in (of_prototypes, of_momentum, of_warmup, of_average) if note is not None),
         )

@@ -40,9 +40,9 @@ class MultiCrop(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if min(self.local_size) < 1:
-            raise ValueError(f"local_size must be positive, got {self.local_size}")
+            raise ValueError(f"method.crops.local_size must be positive, got {self.local_size}")
         if not 0 < self.local_scale[0] <= self.local_scale[1] <= 1:
-            raise ValueError(f"local_scale must be two rising shares in (0, 1], got {self.local_scale}")
+            raise ValueError(f"method.crops.local_scale must be two rising shares in (0, 1], got {self.local_scale}")
         return self
 
 
@@ -62,8 +62,8 @@ def multicrop_views(
     """
     if options.colours is not None and views.colour is not None:
         raise BadInput(
-            f"views.colour is given besides the colours of {options.colours} for the crops; set the crops' colours "
-            "to null to use it, or views.colour to null"
+            f"views.colour is given besides the colours of {options.colours} for the crops; set "
+            "method.crops.colours=null to use it, or views.colour=null"
         )
     global_colours: tuple[Colour | None, ...] = (views.colour,) * options.global_count
     local_colour = views.colour

@@ -157,6 +157,10 @@ class Objective(nn.Module):
         """
         return {}
 
+    def group_advice(self, micro_size: int) -> str:
+        """What else of the config to set where groups do not fit a micro-batch, such as "method.koleo_weight=0"."""
+        return ""
+
     def evaluation_request(self) -> Request:
         """What `evaluate` wants of each sample."""
         return self.request

@@ -50,11 +50,7 @@ class Trainer:
         ranks = accelerator.num_processes
         micro_size = config.batch.micro_size or max(1, config.batch.global_size // ranks)
         self.layout = BatchLayout(config.batch.global_size, micro_size, ranks)
-        if micro_size % job.objective.group:
-            raise BadInput(
-                f"batch.micro_size {micro_size} is no multiple of {job.objective.group}, the size of the groups in "
-                f"which {config.method.name} relates images to each other"
-            )
+        _check_groups(job, self.layout)
         self.feed = job.builder.feed(self.layout, accelerator.process_index, job.subset)
         place(job.objective, accelerator, config.compute)
         self.optimizer = SteppedOptimizer(
@@ -202,3 +198,21 @@ class Trainer:
     def advise(self) -> str:
         """What to set where the memory of training runs out."""
         return advise_on_steps(self.job.config, self.layout, self.job.objective)
+
+
+def _check_groups(job: Job, layout: BatchLayout) -> None:
+    group, micro_size = job.objective.group, layout.micro_size
+    if micro_size % group == 0:
+        return
+    fitting = [str(size) for size in layout.micro_sizes if size % group == 0]
+    advice = job.objective.group_advice(micro_size)
+    raise BadInput(
+        f"batch.micro_size {micro_size} is no multiple of {group}, the size of the groups in which "
+        f"{job.config.method.name} relates images to each other; "
+        + (
+            f"micro sizes that fit batch.global_size {layout.global_size} are {', '.join(fitting[-6:])}"
+            if fitting
+            else f"set batch.global_size to a multiple of {group * layout.ranks}"
+        )
+        + (f"; or set {advice}" if advice else "")
+    )

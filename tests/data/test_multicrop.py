@@ -108,7 +108,7 @@ def test_without_the_papers_colours_all_crops_have_those_of_the_views() -> None:
         assert set(view.colours) == {colour}
     for view in views_of(colours=None):
         assert set(view.colours) == {None}
-    with pytest.raises(BadInput, match=r"views.colour is given besides the colours of dino .* null"):
+    with pytest.raises(BadInput, match=r"views.colour is given besides the colours of dino .*=null"):
         views_of(VIEWS.model_copy(update={"colour": colour}))
 
 
@@ -122,9 +122,12 @@ def test_there_may_be_no_small_crops() -> None:
     [
         ({"global_count": 0}, "greater than or equal to 1"),
         ({"local_count": -1}, "greater than or equal to 0"),
-        ({"local_size": 0}, r"local_size must be positive, got \(0, 0\)"),
-        ({"local_scale": (0.4, 0.05)}, r"local_scale must be two rising shares in \(0, 1\], got \(0\.4, 0\.05\)"),
-        ({"local_scale": (0.05, 1.5)}, "local_scale must be two rising shares"),
+        ({"local_size": 0}, r"method.crops.local_size must be positive, got \(0, 0\)"),
+        (
+            {"local_scale": (0.4, 0.05)},
+            r"method.crops.local_scale must be two rising shares in \(0, 1\], got \(0\.4, 0\.05\)",
+        ),
+        ({"local_scale": (0.05, 1.5)}, "method.crops.local_scale must be two rising shares"),
         ({"colours": "simclr"}, "'dino', 'dinov2' or 'byol'"),
     ],
 )

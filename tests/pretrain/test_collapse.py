@@ -18,12 +18,17 @@ from foreseen.pretrain.dino import DINO
 K = 128
 HEALTHY = {
     "teacher_entropy": 3.9, "health/prototypes_used": 60.0, "health/feature_rank": 5.0, "health/feature_spread": 0.04,
+    "health/target_information": 1.5,
 }  # fmt: skip
-COLLAPSED: dict[str, dict[str, float]] = {
-    "uniform": {"teacher_entropy": 0.999 * math.log(K), "health/prototypes_used": 127.9},
-    "one-hot": {"teacher_entropy": 1e-3, "health/prototypes_used": 1.0},
+COLLAPSED: dict[str, dict[str, float]] = {  # each as it looks in a run
+    "uniform": {
+        "teacher_entropy": 0.999 * math.log(K), "health/prototypes_used": 127.9, "health/target_information": 1e-3,
+    },
+    "one-hot": {"teacher_entropy": 1e-3, "health/prototypes_used": 1.0, "health/target_information": 0.0},
+    "same": {"health/target_information": 0.02},
     "rank": {"health/feature_spread": 1e-5},
-}
+}  # fmt: skip
+WEAK = {"health/target_information": 0.5}
 
 
 def _alarm(stop: bool = False, grace_steps: int = 0) -> CollapseAlarm:
@@ -72,7 +77,7 @@ def test_a_run_that_goes_on_or_back_is_judged_as_an_unbroken_one(sign: str) -> N
     }
     unbroken = _alarm()
     expected = {step: unbroken.look(step, each) for step, each in numbers.items()}
-    assert [step for step, said in expected.items() if said] == [1100]
+    assert [step for step, said in expected.items() if said] == [1300 if sign == "same" else 1100]
     for saved in (450, 700, 1050, 1100, 1200):
         first, second = _alarm(), _alarm()
         for step in range(50, saved + 1, 50):
@@ -85,6 +90,24 @@ def test_a_run_that_goes_on_or_back_is_judged_as_an_unbroken_one(sign: str) -> N
             assert {step: alarm.look(step, numbers[step]) for step in range(saved + 50, 1401, 50)} == {
                 step: said for step, said in expected.items() if step > saved
             }
+
+
+def test_weak_targets_are_told_once_after_a_thousand_steps_and_never_stop_a_run() -> None:
+    alarm = _alarm(stop=True)
+    said = {step: alarm.look(step, HEALTHY | WEAK) for step in range(50, 3001, 50)}
+    ((step, sentence),) = [(step, each) for step, each in said.items() if each is not None]
+    assert step == 1100
+    assert "WEAK TARGETS" in sentence
+    assert "0.5 nats" in sentence
+    assert _first_told(_alarm(), HEALTHY | {"health/target_information": 0.8}, 50, steps=3000) is None
+
+
+@pytest.mark.parametrize("sign", COLLAPSED)
+def test_a_collapse_is_one_sentence_though_its_targets_are_weak_as_well(sign: str) -> None:
+    alarm = _alarm()
+    said = [alarm.look(step, HEALTHY | WEAK | COLLAPSED[sign]) for step in range(50, 3001, 50)]
+    (sentence,) = [each for each in said if each is not None]
+    assert f"COLLAPSE ({sign})" in sentence
 
 
 def test_nothing_is_told_in_the_warm_up() -> None:

@@ -320,6 +320,22 @@ def test_never_more_logits_than_asked_for_are_held_and_results_stay(centering: s
         torch.testing.assert_close(gradient, cut[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kinds", [1, 2, 8])
+def test_target_information_is_the_log_of_how_many_kinds_of_pictures_targets_tell_apart(kinds: int) -> None:
+    objective = _small()
+    with torch.no_grad():
+        rows = objective.teacher.head.prototypes()[:kinds].repeat(16 // kinds, 1)
+        objective.class_targets([rows[:4], rows[4:]], PROGRESS)
+        numbers = objective.health()
+    assert float(numbers["target_information"]) == pytest.approx(math.log(kinds), abs=0.05)
+    assert float(numbers["prototypes_used"]) >= kinds
+
+
+def test_one_crop_of_an_image_alone_is_refused() -> None:
+    with pytest.raises(BadInput, match="method.crops.global_count 1 and method.crops.local_count 0 leave no two crops"):
+        _small(method__crops="{global_count: 1, local_count: 0}")
+
+
 BACKBONES = {
     "resnet18": ("{layers: [1, 1, 1, 1], channels: [8, 16, 16, 32]}", 64, 32),
     "convnext_atto": ("{depths: [1, 1, 1, 1], dims: [8, 16, 16, 32]}", 64, 32),
@@ -346,7 +362,7 @@ def test_any_backbone_that_pools_features_is_trained_whole(name: str) -> None:
     objective.after_step(PROGRESS, torch.tensor(True))
     numbers = objective.health()
     assert all(math.isfinite(float(value)) for value in numbers.values())
-    assert ("patch_diversity" in numbers) == (name.startswith(("vit", "deit")))
+    assert ("patch_diversity" in numbers) == (name.startswith(("vit", "deit", "swin")))
 
 
 def test_batch_norm_of_the_teacher_counts_its_own_batches() -> None:
@@ -404,7 +420,7 @@ def test_pictures_show_every_crop() -> None:
         ({"method__crops": _crops(20)}, r"method.crops.local_size is \[20, 20\].*it takes.*\[16, 16\], \[24"),
         ({"model__name": "hiera_tiny_224", "model__args": "{}", "model__drop_path_rate": 0, "views__size": 224,
           "method__crops": _crops(96)}, r"method.crops.local_size is \[96, 96\].*it takes.*\[224, 224\]"),
-        ({"method__crops": _crops(16, "[0.5, 0.1]")}, "local_scale must be two rising shares"),
+        ({"method__crops": _crops(16, "[0.5, 0.1]")}, "method.crops.local_scale must be two rising shares"),
         ({"method__head_warmup_steps": 5}, "model.init_from null"),
         ({"method__crop": 1}, "did you mean 'method.crops'"),
     ],

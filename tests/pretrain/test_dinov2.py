@@ -1,5 +1,7 @@
 """DINOv2 computes what the authors' code computes, and keeps what the recipe promises."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from foreseen.commands import pretrain
 from foreseen.commands.verbs import load_recipe
 from foreseen.config import Config
 from foreseen.data.batch import Batch
@@ -353,6 +356,25 @@ def test_what_cannot_work_is_refused_with_a_sentence(overrides: dict[str, Any], 
         _small(**overrides)
 
 
-def test_a_micro_batch_that_groups_do_not_divide_is_refused_by_the_loop() -> None:
-    assert _small(method__koleo_group=8).group == 8
+@pytest.mark.parametrize(
+    ("micro_size", "sentence"),
+    [
+        (6, "batch.micro_size 6 is no multiple of 4, the size of the groups in which dinov2 relates images to each "
+            "other; micro sizes that fit batch.global_size 12 are 4, 12; or set method.koleo_group (now 4) to 2, 3, 6, "
+            "or method.koleo_weight=0, without KoLeo"),
+        (1, "batch.micro_size 1 is no multiple of 4, .* are 4, 12; or set method.koleo_weight=0, without KoLeo"),
+    ],
+)  # fmt: skip
+def test_a_micro_batch_that_groups_do_not_divide_is_refused_with_what_fits(
+    micro_size: int, sentence: str, small_shards: Path, tmp_path: Path
+) -> None:
+    config = _config(
+        method__koleo_group=4, batch__global_size=12, batch__micro_size=micro_size, data__path=small_shards,
+        run__dir=tmp_path, data__workers=0,
+    )  # fmt: skip
+    with pytest.raises(BadInput, match=sentence if "*" in sentence else re.escape(sentence)):
+        pretrain.run(config)
+
+
+def test_without_koleo_there_are_no_groups() -> None:
     assert _small(method__koleo_weight=0).group == 1

@@ -247,7 +247,8 @@ def test_pictures_show_what_is_hidden() -> None:
     [
         ({"model__name": "resnet18", "model__args": "{}", "model__drop_path_rate": 0, "views__size": 64,
           "method__crops": "{local_count: 2, local_size: 32}"}, "resnet18 is no plain ViT.*method.name=dino"),
-        ({"model__name": "swin_tiny_patch4_window7_224", "model__args": "{window_size: 4}"}, "is no plain ViT"),
+        ({"model__name": "swin_tiny_patch4_window7_224", "model__args": "{window_size: 4}", "views__size": 48},
+         r"views.size \[48, 48\] is no multiple of 32, .*swin_tiny_patch4_window7_224.*views.size=\[64, 64\] fits"),
         ({"method__head_batch_norm": "true"}, "method.head_batch_norm is true"),
         ({"method__teacher_patch_temp": 0.2}, "method.teacher_patch_temp 0.2 is above method.student_temp 0.1"),
         ({"method__mask_ratio": "[0.3]"}, "must be as many"),
@@ -258,6 +259,50 @@ def test_pictures_show_what_is_hidden() -> None:
 def test_what_cannot_work_is_refused_with_a_sentence(overrides: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BadInput, match=sentence):
         _small(**overrides)
+
+
+SWINS = {
+    "swin_tiny_patch4_window7_224": "{depths: [1, 1], embed_dim: 24, num_heads: [2, 2], window_size: 4}",
+    "swinv2_tiny_window8_256": "{depths: [1, 1], embed_dim: 24, num_heads: [2, 2], window_size: 4}",
+}
+
+
+def _swin(name: str, **more: Any) -> IBOT:
+    return _small(model__name=name, model__args=SWINS[name], **more)
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_a_swin_is_masked_on_its_last_map_and_trained_whole(name: str) -> None:
+    objective = _swin(name, model__drop_path_rate=0.1)
+    batch = _batch(objective)
+    assert batch.draws["mask"].shape == (4, 2, 4 * 4)  # places of 8 px
+    with torch.no_grad():
+        (prepared,) = objective.prepare([batch], PROGRESS)
+    found = objective(batch, prepared, PROGRESS)
+    assert float(found["patch_loss"].detach()) > 0
+    found["loss"].backward()
+    assert [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None] == []
+    objective.after_step(PROGRESS, torch.tensor(True))
+    assert all(float(value) == float(value) for value in objective.health().values())
+    shown = objective.pictures(batch, PROGRESS)
+    hidden = (shown["global, masked"] != shown["global"]).float().mean()
+    assert float(hidden) == pytest.approx(float(batch.draws["mask"].float().mean()), abs=0.02)
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_a_swins_hidden_places_cannot_be_seen_and_without_a_mask_it_is_timms(name: str) -> None:
+    network = _swin(name).student.eval()
+    images = torch.randn(2, 3, 32, 32)
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[:, :2, 1:] = True
+    changed = images.clone()
+    changed[:, :, :16, 8:] += 1.0
+    seen = [network.encode(each, mask=mask.flatten(1), patches="all").patches for each in (images, changed, images + 1.0)]
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    pooled, tokens, _ = network.encode(images, patches="all")
+    torch.testing.assert_close(pooled, network.backbone(images))
+    torch.testing.assert_close(pooled, tokens.mean(1))
 
 
 @pytest.mark.parametrize("centering", ["centre", "sinkhorn"])
