@@ -297,7 +297,8 @@ def test_a_swins_hidden_places_cannot_be_seen_and_without_a_mask_it_is_timms(nam
     mask[:, :2, 1:] = True
     changed = images.clone()
     changed[:, :, :16, 8:] += 1.0
-    seen = [network.encode(each, mask=mask.flatten(1), patches="all").patches for each in (images, changed, images + 1.0)]
+    three = (images, changed, images + 1.0)
+    seen = [network.encode(each, mask=mask.flatten(1), patches="all").patches for each in three]
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
     pooled, tokens, _ = network.encode(images, patches="all")
