@@ -478,7 +478,8 @@ def load(
     Args:
         verb: whose recipes are looked up, such as "pretrain".
         recipe: a name or the path of a YAML.
-        overrides: dotted `key=value`, values in YAML.
+        overrides: dotted `key=value`, values in YAML. Another `model.name` than the recipe's leaves its `model.args`
+            behind, which are those of its own model.
         methods: options class of each method that the verb knows.
 
     Raises:
@@ -495,6 +496,7 @@ def load(
         parts = OmegaConf.load(io.StringIO(text)), OmegaConf.from_dotlist(list(overrides))
         for found in parts:
             _refuse_interpolation(OmegaConf.to_container(found, resolve=False))
+        _drop_other_models_args(*parts)
         raw = OmegaConf.to_container(OmegaConf.merge(*parts))
     except BadInput:
         raise
@@ -504,6 +506,12 @@ def load(
     if not isinstance(raw, dict):
         raise BadInput(f"{path} is no recipe: it holds no sections")
     return resolve({str(key): value for key, value in raw.items()}, methods)
+
+
+def _drop_other_models_args(recipe: Any, overrides: Any) -> None:
+    name = OmegaConf.select(overrides, "model.name")
+    if name is not None and OmegaConf.select(recipe, "model.args") and name != OmegaConf.select(recipe, "model.name"):
+        recipe.model.args = {}
 
 
 def read_yaml(file: Path) -> Any:
