@@ -596,7 +596,9 @@ def checked(kind: type[_S], raw: Any, methods: Mapping[str, type[MethodOptions]]
         raise BadInput("\n".join(_sentences(error, kind, methods or {}))) from None
 
 
-def _sentences(error: ValidationError, config: type[BaseModel], methods: Mapping[str, type[MethodOptions]]) -> list[str]:
+def _sentences(
+    error: ValidationError, config: type[BaseModel], methods: Mapping[str, type[MethodOptions]]
+) -> list[str]:
     known = list(_keys(config))
     sentences = []
     for problem in error.errors():

@@ -6,6 +6,7 @@ import typer
 
 _STUDY = "study"
 
+
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe instead of the list.")] = None,
 ) -> None:

@@ -31,7 +31,7 @@ class Changes(Section):
         """The recipe with these keys in the place of its own."""
         changed = dict(raw)
         for section in Changes.model_fields:
-            changed[section] = {**(raw.get(section) or {}), **getattr(self, section)}
+            changed[section] = {**raw.get(section, {}), **getattr(self, section)}
         return changed
 
 
@@ -67,7 +67,7 @@ class Candidate(Changes):
     """A model to be trained."""
 
     family: str
-    """What it is compared as, such as "ViT" or "CNN"."""
+    """What it is: "ViT" and "CNN" are compared with each other."""
     pretrained: Pretrained | None = None
 
 
@@ -161,6 +161,10 @@ def load_study(recipe: str, overrides: Sequence[str]) -> tuple[dict[str, Any], S
     varied = raw.pop("study", None)
     if not isinstance(varied, dict):
         raise BadInput(f"{recipe} has no section `study`, which says what is compared; see `foreseen recipes`")
+    for section in Changes.model_fields:
+        raw[section] = {} if raw.get(section) is None else raw[section]
+        if not isinstance(raw[section], dict):
+            raise BadInput(f"{section} must be a section of keys and values, got {raw[section]!r}")
     varied = dict(varied)
     for axis in _AXES:
         if isinstance(entries := varied.get(axis), dict):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreseen.commands import html_page
+from foreseen.commands.study_findings import name_of
 from foreseen.commands.study_report import caption, level_title, rows
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def draw(record: dict[str, Any]) -> "Figure":
     cells = record["cells"]
     # As the table: model by model, in the order of the study.
     models = list(dict.fromkeys(cell["model"] for cell in cells))
-    order = sorted(dict.fromkeys((cell["model"], cell["start"]) for cell in cells), key=lambda row: models.index(row[0]))
+    order = sorted(
+        dict.fromkeys((cell["model"], cell["start"]) for cell in cells), key=lambda row: models.index(row[0])
+    )
     augmentations = list(dict.fromkeys(cell["augmentation"] for cell in cells))
     figure = Figure(figsize=(2.2 + 3.2 * len(record["levels"]), 1.6 + 0.42 * len(order)), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, len(record["levels"]), sharey=True, squeeze=False)[0]
@@ -71,8 +74,9 @@ def draw(record: dict[str, Any]) -> "Figure":
             row, colour = order.index((cell["model"], cell["start"])) + shift, _COLOURS[place % len(_COLOURS)]
             axes.plot(cell["test"], [row] * len(cell["test"]), "o", color=colour, alpha=0.55, markersize=5)
             axes.plot([cell["mean"]] * 2, [row - 0.17, row + 0.17], color=colour, linewidth=2.5)
-            if f"{cell['model']}/{cell['start']}/{cell['augmentation']}" == record["levels"][labels]["best"]:
-                axes.annotate("chosen", (max(cell["test"]), row), (7, 0), textcoords="offset points", va="center", color=_DARK)  # fmt: skip
+            if name_of(cell) == record["levels"][labels]["best"]:
+                end = (max(cell["test"]), row)
+                axes.annotate("chosen", end, (7, 0), textcoords="offset points", va="center", color=_DARK)
         for border in range(1, len(order)):
             if order[border][0] != order[border - 1][0]:
                 axes.axhline(border - 0.5, color=_CHANCE, linewidth=0.8)

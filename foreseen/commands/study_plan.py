@@ -199,8 +199,7 @@ def make_plan(raw: dict[str, Any], study: Study) -> Plan:
     Raises:
         BadInput: the recipe is wrong, the data has no labels to train on or to test by, or nothing is left to do.
     """
-    run, seed = raw.get("run"), raw.get("seed", 0)
-    folder = run.get("dir") if isinstance(run, dict) else None
+    folder, seed = raw["run"].get("dir"), raw.get("seed", 0)
     if not isinstance(folder, str) or not isinstance(seed, int):
         raise BadInput(f"a study needs a run.dir and a whole number as seed, got {folder!r} and {seed!r}")
     plan = Plan(raw, study, Path(folder), seed)
@@ -208,6 +207,8 @@ def make_plan(raw: dict[str, Any], study: Study) -> Plan:
         raise BadInput("study.starts has no scratch, against which all others are held: give scratch: {}")
     shards = _open(plan._config(Key(next(iter(study.labels)), *_first(plan)), None))
     _count_labels(plan, shards)
+    for model in study.models:
+        _try_to_build(plan._config(Key(next(iter(study.labels)), model, *_first(plan)[1:]), None), shards.num_classes)
     reasons = {model: _trouble_with_weights(plan, model) for model in study.models}
     for labels in plan.samples:
         cells = [
@@ -260,6 +261,16 @@ def _count_labels(plan: Plan, shards: "ShardSet") -> None:
             plan.samples[labels] = len(found.train)
 
 
+def _try_to_build(config: Config, num_classes: int) -> None:
+    """Refuse a model that timm has not, or not at this size, before the first fit."""
+    import torch
+
+    from foreseen.finetune.methods import METHODS
+
+    with torch.device("meta"):
+        METHODS["supervised"].build(config, num_classes)
+
+
 def _first(plan: Plan) -> tuple[str, str, str]:
     return next(iter(plan.study.models)), "scratch", next(iter(plan.study.augmentations))
 
@@ -292,7 +303,7 @@ def _pretraining(plan: Plan, model: str, pretrained: Pretrained) -> Config:
     assert pretrained.recipe is not None
     fit = plan._config(Key(next(iter(plan.study.labels)), model, *_first(plan)[1:]), None)
     raw = read_recipe("pretrain", pretrained.recipe, [])
-    own = {key: value for key, value in plan.raw.get("data", {}).items() if key not in _OF_LABELS}
+    own = {key: value for key, value in plan.raw["data"].items() if key not in _OF_LABELS}
     raw |= {
         "seed": plan.first_seed,
         "data": {**raw.get("data", {}), **own},
@@ -345,8 +356,8 @@ def _leak_of_teacher(folder: str, labels: str, shards: "ShardSet", seeds: Sequen
         lineage = load_encoder(folder).lineage
     except BadInput as error:
         raise BadInput(
-            f"study.teacher {folder} is neither best, nor MODEL/START/AUGMENTATION of the study, nor an encoder folder: "
-            f"{error}"
+            f"study.teacher {folder} is neither best, nor MODEL/START/AUGMENTATION of the study, nor an encoder "
+            f"folder: {error}"
         ) from None
     if lineage.get("data", {}).get("fingerprint") != shards.fingerprint:
         return None

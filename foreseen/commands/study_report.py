@@ -1,33 +1,27 @@
-"""What a study found: study.json, study.csv, study.md, and the sentences that answer its question.
-
-Every choice is made by validation, over the seeds of a cell; what is reported is test. Differences are taken seed by
-seed, since all cells of a seed have the same labels.
-"""
+"""What a study leaves behind: study.json, study.csv and study.md."""
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from foreseen.commands.controls import scores
-from foreseen.commands.study_options import TAUGHT, in_words, shots_of
+from foreseen.commands.study_findings import Record, find, name_of
+from foreseen.commands.study_options import TAUGHT, shots_of
 from foreseen.files import read_json, write_atomically
 from foreseen.masked import masked
-from foreseen.paired import PairedDifference, paired_difference
 
 if TYPE_CHECKING:
     from foreseen.commands.study_plan import Cell, Plan
 
-Record = dict[str, Any]
 _COLUMNS = ("labels", "model", "family", "start", "augmentation", "taught_by", "base_lr", "steps")
 
 
 def validation(cell: "Cell") -> float:
     """The mean top-1 of a finished cell on validation, over its seeds."""
-    return mean(scores(cell.chosen(), cell.seeds)["validation"])
+    return float(mean(scores(cell.chosen(), cell.seeds)["validation"]))
 
 
 def write_report(plan: "Plan", cells: "Sequence[Cell]") -> Record:
@@ -42,9 +36,9 @@ def write_report(plan: "Plan", cells: "Sequence[Cell]") -> Record:
     levels = {}
     for labels in dict.fromkeys(cell["labels"] for cell in found):
         here = [cell for cell in found if cell["labels"] == labels]
-        levels[labels] = _level(labels, here)
+        levels[labels] = find(here)
     record = {
-        "data": masked(str((plan.raw.get("data") or {}).get("path") or "procedural pets")),
+        "data": masked(str(plan.raw["data"].get("path") or "procedural pets")),
         "cells": found,
         "levels": levels,
         "left_out": [{"what": what, "why": why} for what, why in plan.left_out],
@@ -81,161 +75,36 @@ def _first_validation(fit: Any, cell: "Cell") -> float:
     return value
 
 
-def _level(labels: str, cells: list[Record]) -> Record:
-    """What came out with so many labels: sentences, the comparisons that they state, and the names of the chosen."""
-    best = _chosen(cells)
-    sentences = [_answer(best, cells)]
-    comparisons: dict[str, Any] = {}
-
-    def compare(name: str, above: Iterable[Record], below: Iterable[Record], say: Callable[[str], str]) -> None:
-        pairs = list(zip(above, below, strict=True))
-        if not pairs:
-            return
-        treated, control = ([mean(values) for values in zip(*(cell["test"] for cell in side), strict=True)]
-                            for side in zip(*pairs, strict=True))  # fmt: skip
-        difference = paired_difference(treated, control)
-        comparisons[name] = asdict(difference)
-        sentences.append(say(describe_difference(difference)))
-
-    for part, word in (("start", "start"), ("model", "model")):
-        if others := [cell for cell in cells if cell[part] != best[part]]:
-            next_best = _chosen(others)
-            compare(
-                f"against the next {word}", [best], [next_best],
-                lambda text, word=word, next_best=next_best: (  # type: ignore[misc]
-                    f"Against the best of another {word}, {title(next_best)}: {text}."
-                ),
-            )  # fmt: skip
-    for cell in _by(cells, start="pretrained", chosen="model"):
-        control = _chosen([other for other in cells if other["model"] == cell["model"] and other["start"] == "scratch"])
-        compare(
-            f"pretraining of {cell['model']}", [cell], [control],
-            lambda text, cell=cell: f"Pretraining {cell['model']}, each side at its best: {text}.",  # type: ignore[misc]
-        )  # fmt: skip
-    for start in TAUGHT:
-        pairs = _pairs(cells, "start", start, "scratch")
-        compare(
-            f"{start} distillation", [a for a, _ in pairs], [b for _, b in pairs],
-            lambda text, start=start, pairs=pairs: (  # type: ignore[misc]
-                f"{start.capitalize()} distillation against the same student on labels alone "
-                f"({_over(pairs)}; the teacher is {pairs[0][0]['taught_by']}): {text}."
-            ),
-        )  # fmt: skip
-    pairs = _pairs(cells, "start", "hard", "soft")
-    compare(
-        "hard against soft", [a for a, _ in pairs], [b for _, b in pairs],
-        lambda text: f"Folklore says that hard beats soft distillation. Here, hard against soft ({_over(pairs)}): {text}.",
-    )  # fmt: skip
-    scratch = {cell["family"]: cell for cell in reversed(_by(cells, start="scratch", chosen="family"))}
-    if {"CNN", "ViT"} <= scratch.keys():
-        cnn, vit = scratch["CNN"], scratch["ViT"]
-        compare(
-            "CNN against ViT, from scratch", [cnn], [vit],
-            lambda text: (
-                "Folklore says that without pretraining a small CNN beats a small ViT. Here, the best from scratch of "
-                f"either, {title(cnn)} against {title(vit)}: {text}."
-            ),
-        )  # fmt: skip
-    first, *more = dict.fromkeys(cell["augmentation"] for cell in cells)
-    for augmentation in more:
-        pairs = _pairs(cells, "augmentation", augmentation, first)
-        compare(
-            f"{augmentation} against {first}", [a for a, _ in pairs], [b for _, b in pairs],
-            lambda text, augmentation=augmentation, pairs=pairs: (  # type: ignore[misc]
-                f"Augmentation, {augmentation} against {first} ({_over(pairs)}): {text}."
-            ),
-        )  # fmt: skip
-    top = max(cells, key=lambda cell: cell["mean"])
-    if top is not best:
-        sentences.append(f"On test, {title(top)} came out higher ({top['mean']:.1f}), which validation did not see.")
-    return {"best": _name(best), "sentences": sentences, "comparisons": comparisons}
-
-
-def describe_difference(difference: PairedDifference) -> str:
-    """A paired difference in words."""
-    gain = f"{difference.mean:+.1f} points"
-    if difference.low is None or difference.high is None:
-        return f"{gain}, on one seed, so without an interval"
-    few = "; two seeds allow no useful interval" if len(difference.each) == 2 else ""
-    interval = f"{gain}, 95 % interval {difference.low:+.1f} to {difference.high:+.1f}{few}"
-    if difference.low > 0:
-        return f"better, {interval}"
-    if difference.high < 0:
-        return f"worse, {interval}"
-    return f"no difference that can be told, {interval}"
-
-
-def title(cell: Record) -> str:
-    """A cell in words."""
-    return f"{cell['model']}, {cell['start']}, {cell['augmentation']}"
-
-
-def _answer(best: Record, cells: list[Record]) -> str:
-    count = best["training_labels"]
-    shots = "" if best["labels"] == "all" else f" ({in_words(best['labels'])})"
-    spread = "" if best["sd"] is None else f" ± {best['sd']:.1f}"
-    return (
-        f"With {count} labels{shots} and {best['validation_labels']} more to choose by, train {title(best)}: "
-        f"{best['mean']:.1f}{spread} % of the test pictures, over {_seeds(best)}; validation chose it among {len(cells)}."
-    )
-
-
-def _seeds(cell: Record) -> str:
-    count = len(cell["seeds"])
-    return "one seed" if count == 1 else f"{count} seeds"
-
-
-def _name(cell: Record) -> str:
-    return "/".join(cell[part] for part in ("model", "start", "augmentation"))
-
-
-def _chosen(cells: Sequence[Record]) -> Record:
-    return max(cells, key=lambda cell: mean(cell["validation"]))
-
-
-def _by(cells: list[Record], *, start: str, chosen: str) -> list[Record]:
-    """The best by validation of each kind among those of a start, the best first."""
-    kinds = dict.fromkeys(cell[chosen] for cell in cells if cell["start"] == start)
-    found = [_chosen([cell for cell in cells if cell["start"] == start and cell[chosen] == kind]) for kind in kinds]
-    return sorted(found, key=lambda cell: -mean(cell["validation"]))
-
-
-def _pairs(cells: list[Record], part: str, one: str, other: str) -> list[tuple[Record, Record]]:
-    """Cells that differ in one part alone."""
-
-    def rest(cell: Record) -> tuple[str, ...]:
-        return tuple(cell[name] for name in ("model", "start", "augmentation") if name != part)
-
-    others = {rest(cell): cell for cell in cells if cell[part] == other}
-    return [(cell, others[rest(cell)]) for cell in cells if cell[part] == one and rest(cell) in others]
-
-
-def _over(pairs: list[tuple[Record, Record]]) -> str:
-    models = dict.fromkeys(cell["model"] for cell, _ in pairs)
-    return f"mean over {len(pairs)} cells of {', '.join(models)}" if len(pairs) > 1 else title(pairs[0][0])
-
-
 def _notes(plan: "Plan", cells: list[Record]) -> list[str]:
     """What a reader must know to believe the numbers."""
+    held_out = cells[0]["validation_labels"]
     notes = [
-        "Validation chose checkpoints, learning rates and cells; it has more labels than the smallest k trains on, so the "
-        "choice knows more than k labels a class. Test was read once a run.",
+        f"Validation, {held_out} more labels, chose checkpoints and cells; who has only the labels that are trained on "
+        "chooses less well. Test was read once a run.",
         "All cells of a seed have the same labels; intervals are over seeds of labels and fine-tuning, by Student's t.",
     ]
+    if len(plan.study.rates) == 1:
+        notes.append("Each cell has one learning rate, that of the recipe; none was searched for.")
+    else:
+        notes.append(f"Validation chose each cell's learning rate on the first seed, of {len(plan.study.rates)}.")
     if any(cell["start"] in TAUGHT for cell in cells):
         if any(cell["taught_by"] == plan.study.teacher for cell in cells):
-            notes.append(f"The teacher is {plan.study.teacher}, from outside the study: it may know more than a student.")
+            notes.append(
+                f"The teacher is {plan.study.teacher}, from outside the study: it may know more than a student."
+            )
         else:
             notes.append(
-                "A student's teacher is the run of the same seed of the cell that is named: it has learned from the very "
-                "labels of its student, and no others."
+                "A student's teacher is the run of the same seed of the cell that is named: it has learned from the "
+                "very labels of its student, and no others."
             )
-    if plan.study.models and any(cell["start"] == "pretrained" for cell in cells):
+    if any(cell["start"] == "pretrained" for cell in cells):
         for model in dict.fromkeys(cell["model"] for cell in cells if cell["start"] == "pretrained"):
             pretrained = plan.study.models[model].pretrained
             assert pretrained is not None
             source = pretrained.recipe or pretrained.init_from
-            made = "on the unlabelled training pictures, one run for all seeds" if pretrained.recipe else "made elsewhere"
+            made = "elsewhere"
+            if pretrained.recipe is not None:
+                made = "on the unlabelled training pictures, those of validation among them, in one run for all seeds"
             notes.append(f"{model} is pretrained by {source}, {made}; its computing is not counted.")
     return notes
 
@@ -264,8 +133,10 @@ def rows(record: Record) -> tuple[list[str], list[list[str]]]:
     best = {level: record["levels"][level]["best"] for level in levels}
     table: dict[str, list[str]] = {}
     for cell in record["cells"]:
-        name = _name(cell)
-        row = table.setdefault(name, [cell["model"], cell["family"], cell["start"], cell["augmentation"]] + [""] * len(levels))
+        name = name_of(cell)
+        row = table.setdefault(
+            name, [cell["model"], cell["family"], cell["start"], cell["augmentation"]] + [""] * len(levels)
+        )
         spread = "" if cell["sd"] is None else f" ± {cell['sd']:.1f}"
         mark = " *" if best[cell["labels"]] == name else ""
         row[4 + levels.index(cell["labels"])] = f"{cell['mean']:.1f}{spread}{mark}"
@@ -289,7 +160,10 @@ def caption(record: Record) -> str:
     seeds = {level_title(cell["labels"]): len(cell["seeds"]) for cell in record["cells"]}
     many = ", ".join(f"{name}: {count}" for name, count in seeds.items())
     pictures = record["cells"][0]["test_pictures"]
-    return f"Top-1 on {pictures:,} test pictures in percent, mean ± standard deviation over seeds ({many}); * validation's choice."
+    return (
+        f"Top-1 on {pictures:,} test pictures in percent, mean ± standard deviation over seeds ({many}); * is "
+        "validation's choice."
+    )
 
 
 def summary(record: Record) -> str:
