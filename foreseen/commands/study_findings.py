@@ -14,6 +14,7 @@ from foreseen.paired import PairedDifference, paired_difference
 
 Record = dict[str, Any]
 _PARTS = ("model", "start", "augmentation")
+_STARTS = {"hard": "distilled hard", "soft": "distilled soft"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,12 @@ def describe_difference(difference: PairedDifference) -> str:
 
 def title(cell: Record) -> str:
     """A cell in words."""
-    return ", ".join(cell[part] for part in _PARTS)
+    return f"{cell['model']}, {start_in_words(cell['start'])}, {cell['augmentation']}"
+
+
+def start_in_words(start: str) -> str:
+    """Where a cell starts from, for people."""
+    return _STARTS.get(start, start)
 
 
 def name_of(cell: Record) -> str:

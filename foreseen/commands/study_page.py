@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreseen.commands import html_page
-from foreseen.commands.study_findings import name_of
+from foreseen.commands.study_findings import name_of, start_in_words
 from foreseen.commands.study_report import caption, level_title, rows
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def draw(record: dict[str, Any]) -> "Figure":
         axes.set_xlabel("test top-1, %")
         axes.set_xlim(0, 1.18 * max(score for cell in here for score in cell["test"]) + 1)
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(order)), [f"{model}, {start}" for model, start in order])
+    panels[0].set_yticks(range(len(order)), [f"{model}, {start_in_words(start)}" for model, start in order])
     panels[0].set_ylim(len(order) - 0.4, -0.6)
     for place, augmentation in enumerate(augmentations):
         panels[0].plot([], [], "o", color=_COLOURS[place % len(_COLOURS)], label=augmentation)
