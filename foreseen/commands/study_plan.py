@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foreseen.commands.controls import Arm, validation_of
+from foreseen.commands.study_leaks import leak_of
 from foreseen.commands.study_options import BEST, TAUGHT, Pretrained, Study, in_words, shots_of
 from foreseen.commands.verbs import method_options
 from foreseen.config import Config, read_recipe, resolve
@@ -20,9 +21,9 @@ from foreseen.errors import BadInput
 
 if TYPE_CHECKING:
     from foreseen.data.shards import ShardSet
+    from foreseen.handoff.encoder import EncoderFolder
 
 _OF_LABELS = ("shots", "subset_seed", "balance", "repeats")  # keys of `data` that pretraining has no use for
-_NO_WEIGHTS = "no pretrained weights are named for it in study.models.{}.pretrained"
 
 
 class Key(NamedTuple):
@@ -141,7 +142,7 @@ class Plan:
         if key.start in TAUGHT:
             source = self.study.teacher if teacher is None else teacher.chosen()
             taught_by = self.study.teacher if teacher is None else str(teacher.key)
-            suffix = "" if teacher is None else f"-from-{source.name}" if isinstance(source, Arm) else ""
+            suffix = f"-from-{source.name}" if isinstance(source, Arm) else ""
         fits = []
         for factor in self.study.rates:
             config = self._config(key, source)
@@ -209,7 +210,7 @@ def make_plan(raw: dict[str, Any], study: Study) -> Plan:
     _count_labels(plan, shards)
     for model in study.models:
         _try_to_build(plan._config(Key(next(iter(study.labels)), model, *_first(plan)[1:]), None), shards.num_classes)
-    reasons = {model: _trouble_with_weights(plan, model) for model in study.models}
+    weights = {model: _weights(plan, model) for model in study.models if "pretrained" in study.starts}
     for labels in plan.samples:
         cells = [
             Key(labels, model, start, augmentation)
@@ -217,7 +218,7 @@ def make_plan(raw: dict[str, Any], study: Study) -> Plan:
         ]
         cells = [key for key in cells if not any(rule.covers(*key) for rule in study.leave_out)]
         for key in cells:
-            if key.start == "pretrained" and (reason := reasons[key.model]) is not None:
+            if key.start == "pretrained" and (reason := _trouble_with_weights(plan, key, weights[key.model], shards)):
                 plan.leave_out(f"{key.model}, pretrained", reason)
             elif key.start not in TAUGHT:
                 plan.keys.append(key)
@@ -275,15 +276,13 @@ def _first(plan: Plan) -> tuple[str, str, str]:
     return next(iter(plan.study.models)), "scratch", next(iter(plan.study.augmentations))
 
 
-def _trouble_with_weights(plan: Plan, model: str) -> str | None:
-    """Why a model has no pretrained weights; None if it has, or if a run is planned that makes them."""
+def _weights(plan: Plan, model: str) -> "EncoderFolder | str | None":
+    """A model's pretrained weights from elsewhere; why there are none; None where a run is planned that makes them."""
     from foreseen.handoff.encoder import load_encoder
 
     study, pretrained = plan.study, plan.study.models[model].pretrained
-    if "pretrained" not in study.starts:
-        return None
     if pretrained is None:
-        return _NO_WEIGHTS.format(model)
+        return f"no pretrained weights are named for it in study.models.{model}.pretrained"
     if pretrained.recipe is not None:
         plan.pretraining[model] = _pretraining(plan, model, pretrained)
         return None
@@ -295,7 +294,17 @@ def _trouble_with_weights(plan: Plan, model: str) -> str | None:
     name = plan._config(Key(next(iter(study.labels)), model, *_first(plan)[1:]), None).model.name
     if name is not None and found.architecture != name.partition(".")[0]:
         return f"{pretrained.init_from} is a {found.architecture}, and the model a {name}"
-    return None
+    return found
+
+
+def _trouble_with_weights(
+    plan: Plan, key: Key, weights: "EncoderFolder | str | None", shards: "ShardSet"
+) -> str | None:  # fmt: skip
+    """Why a cell cannot begin from a model's pretrained weights; None if it can."""
+    if weights is None or isinstance(weights, str):
+        return weights
+    reason = leak_of(weights.lineage, shards, shots_of(key.labels), plan.seeds(key.labels))
+    return None if reason is None else f"{weights.source}, with {in_words(key.labels)}: {reason}"
 
 
 def _pretraining(plan: Plan, model: str, pretrained: Pretrained) -> Config:
@@ -328,7 +337,7 @@ def _trouble_with_teacher(plan: Plan, labels: str, shards: "ShardSet") -> str | 
         return None if plan.level(labels, taught=False) else "no cell is made that could be the teacher"
     if (key := teacher_key(plan, labels)) is not None:
         return None if key in plan.keys else f"the cell of study.teacher {named} is not made"
-    return _leak_of_teacher(named, labels, shards, plan.seeds(labels))
+    return _trouble_with_folder(named, labels, shards, plan.seeds(labels))
 
 
 def teacher_key(plan: Plan, labels: str) -> Key | None:
@@ -348,8 +357,8 @@ def teacher_key(plan: Plan, labels: str) -> Key | None:
     return Key(labels, *parts)
 
 
-def _leak_of_teacher(folder: str, labels: str, shards: "ShardSet", seeds: Sequence[int]) -> str | None:
-    """Whether a teacher from elsewhere knows labels of the set that a student is not given."""
+def _trouble_with_folder(folder: str, labels: str, shards: "ShardSet", seeds: Sequence[int]) -> str | None:
+    """Why a teacher from elsewhere is none; None if it is one."""
     from foreseen.handoff.encoder import load_encoder
 
     try:
@@ -359,14 +368,5 @@ def _leak_of_teacher(folder: str, labels: str, shards: "ShardSet", seeds: Sequen
             f"study.teacher {folder} is neither best, nor MODEL/START/AUGMENTATION of the study, nor an encoder "
             f"folder: {error}"
         ) from None
-    if lineage.get("data", {}).get("fingerprint") != shards.fingerprint:
-        return None
-    data = lineage.get("config", {}).get("data", {})
-    known, shots = (data.get("shots"), data.get("subset_seed")), shots_of(labels)
-    if all(known == (shots, seed) for seed in seeds):
-        return None
-    count = lineage.get("result", {}).get("training_samples", "an unknown number")
-    return (
-        f"the teacher {folder} has learned from labels of this very set ({count}) other than those that the student of "
-        "each seed has, which would leak through it; study.teacher=best makes one for each seed"
-    )
+    reason = leak_of(lineage, shards, shots_of(labels), seeds)
+    return None if reason is None else f"study.teacher {folder}: {reason}; study.teacher=best makes one for each seed"

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,20 @@ def _notes(plan: "Plan", cells: list[Record]) -> list[str]:
             if pretrained.recipe is not None:
                 made = "on the unlabelled training pictures, those of validation among them, in one run for all seeds"
             notes.append(f"{model} is pretrained by {source}, {made}; its computing is not counted.")
+            notes += _seen_test(next(c for c in cells if (c["model"], c["start"]) == (model, "pretrained")))
     return notes
+
+
+def _seen_test(cell: Record) -> list[str]:
+    """A note where the weights that a cell begins from have seen test pictures, or that could not be told."""
+    from foreseen.data.open_set import recall_set
+    from foreseen.handoff.seen import count_seen, describe_seen
+
+    run = Path(cell["folder"]) / f"seed-{cell['seeds'][0]}"
+    data = read_json(run / "result.json")["test_data"]
+    test = recall_set(data["path"], data["split"])
+    said = describe_seen(count_seen(read_json(run / "encoder" / "lineage.json"), test), test)
+    return [] if said is None else [said]
 
 
 def _csv(cells: list[Record]) -> str:

@@ -115,22 +115,31 @@ def test_validation_on_the_first_seed_chooses_the_rate_of_a_cell(plan: Planner) 
     assert [(config.seed, config.optim.base_lr) for config in cell.others()] == [(1, 5e-4)]
 
 
-def test_a_teacher_of_other_labels_of_the_set_is_a_leak(plan: Planner, tmp_path: Path) -> None:
-    teacher = save_teacher(tmp_path / "teacher", class_names=CLASSES)
-    assert len(plan(f"study.teacher={teacher}").level("k2", taught=True)) == 4, "of another set"
-    shards = plan().raw["data"]["path"]
-    lineage = {
-        "data": {"fingerprint": ShardSet.open(Path(shards), "train").fingerprint},
-        "config": {"data": {"shots": None, "subset_seed": 0}},
-        "result": {"training_samples": 33},
-    }
-    (teacher / "lineage.json").write_text(json.dumps(lineage), encoding="utf-8")
-    found = plan(f"study.teacher={teacher}")
-    assert not found.level("k2", taught=True)
-    assert "(33) other than those" in dict(found.left_out)["distilled with 2 labels a class"]
-    lineage["config"] = {"data": {"shots": 2, "subset_seed": 0}}
-    (teacher / "lineage.json").write_text(json.dumps(lineage), encoding="utf-8")
-    assert plan(f"study.teacher={teacher}", "study.seeds=1").level("k2", taught=True), "the very labels of the student"
+@pytest.mark.parametrize("key", ["study.teacher", "study.models.vit.pretrained.init_from"])
+def test_weights_that_know_other_labels_of_the_set_are_a_leak(
+    plan: Planner, small_shards: Path, tmp_path: Path, key: str
+) -> None:
+    folder = save_teacher(tmp_path / "weights", class_names=CLASSES)
+    start = "hard" if key == "study.teacher" else "pretrained"
+
+    def cells(shots: int | None, *, seeds: int, child: bool = False) -> tuple[int, str]:
+        """How many begin or learn from the folder, where it was trained on so many labels a class; what is left out."""
+        data = {"fingerprint": ShardSet.open(small_shards, "train").fingerprint}
+        lineage: dict[str, Any] = {
+            "method": "supervised", "data": data, "result": {"training_samples": 33},
+            "config": {"data": {"shots": shots, "subset_seed": 0}},
+        }  # fmt: skip
+        if child:
+            lineage = {"method": "mae", "data": data, "parents": [{"lineage": lineage}]}
+        (folder / "lineage.json").write_text(json.dumps(lineage), encoding="utf-8")
+        found = plan(f"{key}={folder}", f"study.seeds={seeds}")
+        return sum(cell.start == start for cell in found.keys), "\n".join(why for _, why in found.left_out)
+
+    assert cells(2, seeds=1)[0] > 0, "the very labels of the cells"
+    for shots, seeds, child in ((None, 1, False), (2, 2, False), (None, 1, True)):
+        made, said = cells(shots, seeds=seeds, child=child)
+        assert made == 0
+        assert "learned from labels of this very set (33), others than each seed has here: a leak" in said
 
 
 @pytest.mark.parametrize(
