@@ -13,6 +13,7 @@ Start = Literal["scratch", "pretrained", "hard", "soft"]
 TAUGHT: tuple[Start, ...] = ("hard", "soft")
 BEST = "best"
 _AXES = ("labels", "models", "starts", "augmentations")
+_PARTS = ("labels", "model", "start", "augmentation")  # of a cell, in the same order
 
 
 class Changes(Section):
@@ -165,8 +166,21 @@ def load_study(recipe: str, overrides: Sequence[str]) -> tuple[dict[str, Any], S
         raw[section] = {} if raw.get(section) is None else raw[section]
         if not isinstance(raw[section], dict):
             raise BadInput(f"{section} must be a section of keys and values, got {raw[section]!r}")
-    varied = dict(varied)
-    for axis in _AXES:
-        if isinstance(entries := varied.get(axis), dict):
-            varied[axis] = {name: entry for name, entry in entries.items() if entry is not None}
-    return raw, checked(_Whole, {"study": varied}).study
+    return raw, checked(_Whole, {"study": _without_nulls(varied)}).study
+
+
+def _without_nulls(varied: dict[str, Any]) -> dict[str, Any]:
+    """The section without entries that are null, and without rules on them."""
+    kept = dict(varied)
+    gone = set()
+    for axis, part in zip(_AXES, _PARTS, strict=True):
+        if isinstance(entries := kept.get(axis), dict):
+            kept[axis] = {name: entry for name, entry in entries.items() if entry is not None}
+            gone |= {(part, name) for name in entries.keys() - kept[axis].keys()}
+    if isinstance(rules := kept.get("leave_out"), list):
+        kept["leave_out"] = [rule for rule in rules if not (isinstance(rule, dict) and gone & _named(rule))]
+    return kept
+
+
+def _named(rule: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(part, str(name)) for part, name in rule.items()}

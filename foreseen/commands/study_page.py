@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _COLOURS = ("#2a7f9e", "#b5562b", "#5d8a3c", "#7b5aa6")  # an augmentation each
 _DARK = "#1c2733"
-_CHANCE = "#9aa7b1"
+_LINE = "#9aa7b1"
 
 
 def write_page(folder: Path, record: dict[str, Any]) -> Path:
@@ -37,7 +37,9 @@ def write_page(folder: Path, record: dict[str, Any]) -> Path:
         parts.append(_list(more))
     parts += [
         "<h2>The plot</h2>",
-        html_page.figure(plot, "A dot is a seed, with labels of its own; a bar is their mean.", "plot"),
+        html_page.figure(
+            plot, "A dot is a seed, with labels of its own; a bar is their mean; the dotted line is chance.", "plot"
+        ),
         "<h2>The table</h2>",
         html_page.table(head, body),
         "<h2>How to read it</h2>",
@@ -79,7 +81,8 @@ def draw(record: dict[str, Any]) -> "Figure":
                 axes.annotate("chosen", end, (7, 0), textcoords="offset points", va="center", color=_DARK)
         for border in range(1, len(order)):
             if order[border][0] != order[border - 1][0]:
-                axes.axhline(border - 0.5, color=_CHANCE, linewidth=0.8)
+                axes.axhline(border - 0.5, color=_LINE, linewidth=0.8)
+        axes.axvline(here[0]["chance"], color=_LINE, linestyle=":")
         axes.set_title(f"{level_title(labels)} ({here[0]['training_labels']} labels)")
         axes.set_xlabel("test top-1, %")
         axes.set_xlim(0, 1.18 * max(score for cell in here for score in cell["test"]) + 1)

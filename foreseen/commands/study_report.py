@@ -9,7 +9,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from foreseen.commands.controls import scores
-from foreseen.commands.study_findings import Record, find, name_of
+from foreseen.commands.study_findings import Record, find, name_of, start_in_words
 from foreseen.commands.study_options import TAUGHT, shots_of
 from foreseen.files import read_json, write_atomically
 from foreseen.masked import masked
@@ -55,14 +55,16 @@ def write_report(plan: "Plan", cells: "Sequence[Cell]") -> Record:
 
 def _record(cell: "Cell") -> Record:
     fit = cell.chosen()
-    result = read_json(fit.seeded(cell.seeds[0]).run.dir / "result.json")
-    lineage = read_json(fit.seeded(cell.seeds[0]).run.dir / "encoder" / "lineage.json")
+    run = fit.seeded(cell.seeds[0]).run.dir
+    result, encoder = read_json(run / "result.json"), run / "encoder"
+    made = read_json(encoder / "lineage.json")["config"]
     return {
         **cell.key._asdict(),
         "family": cell.family,
         "taught_by": cell.taught_by,
         "folder": str(fit.config.run.dir),
-        "images_seen": lineage["config"]["run"]["steps"] * lineage["config"]["batch"]["global_size"],
+        "passes": made["run"]["steps"] * made["batch"]["global_size"] / result["training_samples"],
+        "chance": 100 / read_json(encoder / "config.json")["num_classes"],
         "training_labels": result["training_samples"],
         "validation_labels": int(result["validation"]["count"]),
         "test_pictures": int(result["test"]["count"]),
@@ -119,7 +121,8 @@ def _seen_test(cell: Record) -> list[str]:
     run = Path(cell["folder"]) / f"seed-{cell['seeds'][0]}"
     data = read_json(run / "result.json")["test_data"]
     test = recall_set(data["path"], data["split"])
-    said = describe_seen(count_seen(read_json(run / "encoder" / "lineage.json"), test), test)
+    (weights,) = read_json(run / "encoder" / "lineage.json")["parents"]
+    said = describe_seen(count_seen(weights["lineage"], test), test)
     return [] if said is None else [said]
 
 
@@ -148,12 +151,11 @@ def rows(record: Record) -> tuple[list[str], list[list[str]]]:
     table: dict[str, list[str]] = {}
     for cell in record["cells"]:
         name = name_of(cell)
-        row = table.setdefault(
-            name, [cell["model"], cell["family"], cell["start"], cell["augmentation"]] + [""] * len(levels)
-        )
+        titles = [cell["model"], cell["family"], start_in_words(cell["start"]), cell["augmentation"]]
+        row = table.setdefault(name, titles + [""] * len(levels))
         spread = "" if cell["sd"] is None else f" ± {cell['sd']:.1f}"
         mark = " *" if best[cell["labels"]] == name else ""
-        row[4 + levels.index(cell["labels"])] = f"{cell['mean']:.1f}{spread}{mark}"
+        row[len(titles) + levels.index(cell["labels"])] = f"{cell['mean']:.1f}{spread}{mark}"
     order = {name: place for place, name in enumerate(dict.fromkeys(cell["model"] for cell in record["cells"]))}
     body = sorted(table.values(), key=lambda row: order[row[0]])
     return ["model", "family", "start", "augmentation", *heads], body
@@ -173,10 +175,10 @@ def caption(record: Record) -> str:
     """What the numbers of the table are."""
     seeds = {level_title(cell["labels"]): len(cell["seeds"]) for cell in record["cells"]}
     many = ", ".join(f"{name}: {count}" for name, count in seeds.items())
-    pictures = record["cells"][0]["test_pictures"]
+    first = record["cells"][0]
     return (
-        f"Top-1 on {pictures:,} test pictures in percent, mean ± standard deviation over seeds ({many}); * is "
-        "validation's choice."
+        f"Top-1 on {first['test_pictures']:,} test pictures in percent (chance is {first['chance']:.1f}), mean ± "
+        f"standard deviation over seeds ({many}); * is validation's choice."
     )
 
 

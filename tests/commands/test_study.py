@@ -67,7 +67,8 @@ def test_every_cell_is_made_but_those_that_cannot_be_and_the_reason_is_told(plan
     reasons = dict(found.left_out)
     assert "study.models.vit.pretrained" in reasons["vit, pretrained"]
     assert "99 are asked for" in reasons["99 labels a class"]
-    assert plan("study.models.resnet=null", "study.starts.hard=null").left_out == [
+    rules = "study.leave_out=[{model: resnet, augmentation: deit}]"
+    assert plan(rules, "study.models.resnet=null", "study.starts.hard=null").left_out == [
         ("vit, pretrained", reasons["vit, pretrained"])
     ]
 
