@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -67,7 +67,8 @@ def describe_plan(plan: "Plan") -> None:
 
 
 def run_study(plan: "Plan", jobs: "Jobs") -> str:
-    """Make every run that is not made yet, and write down what came out after each number of labels.
+    """Make every run that is not made yet, and write down what came out whenever the cells of a number of labels that
+    have no teacher are made, and when those that have one are.
 
     Returns:
         What came out, in sentences.
@@ -77,20 +78,19 @@ def run_study(plan: "Plan", jobs: "Jobs") -> str:
 
     runner = Runner(plan, jobs)
     cells: list[Cell] = []
-    record: dict[str, Any] = {}
+    said = ""
     for labels in plan.samples:
-        without = [plan.cell(key) for key in plan.level(labels, taught=False)]
-        runner.make(without)
-        cells += without
-        taught = plan.level(labels, taught=True)
-        if taught:
-            teacher = _teacher(plan, labels, without)
-            students = [plan.cell(key, teacher) for key in taught]
-            runner.make(students)
-            cells += students
-        record = write_report(plan, cells)
-        page = write_page(plan.folder, record)
-    return f"\n{summary(record)}\n\nThe page of it: {page}"
+        teacher = None
+        for taught in (False, True):
+            made = [plan.cell(key, teacher) for key in plan.level(labels, taught=taught)]
+            if not made:
+                continue
+            runner.make(made)
+            cells += made
+            record = write_report(plan, cells)
+            said = f"\n{summary(record)}\n\nThe page of it: {write_page(plan.folder, record)}"
+            teacher = _teacher(plan, labels, made)
+    return said
 
 
 def _teacher(plan: "Plan", labels: str, cells: "Sequence[Cell]") -> "Cell | None":
