@@ -19,6 +19,7 @@ from foreseen.commands import (
     recipes,
     replay,
     results,
+    study,
     tokenizer,
     verify_resume,
 )
@@ -46,6 +47,7 @@ app.command()(predict.predict)
 app.command()(embed.embed)
 app.command("import")(import_.import_)
 app.command()(replay.replay)
+app.command()(study.study)
 app.command()(results.results)
 app.command()(verify_resume.verify_resume)
 

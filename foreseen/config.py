@@ -8,7 +8,7 @@ import difflib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -27,6 +27,9 @@ class Section(BaseModel):
     """A part of a config: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+_S = TypeVar("_S", bound=Section)
 
 
 class Run(Section):
@@ -485,6 +488,15 @@ def load(
     Raises:
         BadInput: for each key that is unknown or has a value out of bounds, a line that says so.
     """
+    return resolve(read_recipe(verb, recipe, overrides), methods)
+
+
+def read_recipe(verb: str, recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Read a recipe and apply overrides, unchecked but for its form; see `load`.
+
+    Raises:
+        BadInput: it cannot be found or read.
+    """
     for override in overrides:
         if "=" not in override:
             raise BadInput(f"{override!r} is no override; write key=value, such as run.steps=100")
@@ -505,7 +517,7 @@ def load(
         raise BadInput(f"{path} with overrides {list(overrides)} cannot be read: {reason}") from error
     if not isinstance(raw, dict):
         raise BadInput(f"{path} is no recipe: it holds no sections")
-    return resolve({str(key): value for key, value in raw.items()}, methods)
+    return {str(key): value for key, value in raw.items()}
 
 
 def _drop_other_models_args(recipe: Any, overrides: Any) -> None:
@@ -572,13 +584,29 @@ def resolve(raw: dict[str, Any], methods: Mapping[str, type[MethodOptions]]) -> 
     class Resolved(Config):
         method: methods[name]  # type: ignore[valid-type]
 
+    return checked(Resolved, raw, methods)
+
+
+def checked(kind: type[_S], raw: Any, methods: Mapping[str, type[MethodOptions]] | None = None) -> _S:
+    """Check a section given as nested dicts.
+
+    Args:
+        kind: its class.
+        raw: its keys and values.
+        methods: whose options an unknown key may belong to.
+
+    Raises:
+        BadInput: as of `load`.
+    """
     try:
-        return Resolved.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        raise BadInput("\n".join(_sentences(error, Resolved, methods))) from None
+        raise BadInput("\n".join(_sentences(error, kind, methods or {}))) from None
 
 
-def _sentences(error: ValidationError, config: type[Config], methods: Mapping[str, type[MethodOptions]]) -> list[str]:
+def _sentences(
+    error: ValidationError, config: type[BaseModel], methods: Mapping[str, type[MethodOptions]]
+) -> list[str]:
     known = list(_keys(config))
     sentences = []
     for problem in error.errors():

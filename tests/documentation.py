@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+from foreseen.commands.study_options import load_study
 from foreseen.commands.verbs import VERBS, Verb, load_recipe
 from tests.small_methods import small_method
 
@@ -78,6 +79,8 @@ def split_job(arguments: list[str]) -> tuple[Verb, str, list[str], list[str]] | 
 
 def check_job(arguments: list[str]) -> None:
     """Load the recipe of a command that trains, with its overrides."""
+    if arguments[0] == "study" and len(arguments) > 1:
+        load_study(arguments[1], [word for word in arguments[2:] if re.match(r"[\w.]+=", word)])
     job = split_job(arguments) if len(arguments) > 1 else None
     if job is not None:
         verb, recipe, overrides, _ = job
@@ -98,6 +101,8 @@ def shrunk(arguments: list[str], shards: Path, archives: Path) -> list[str]:
         return [*arguments, "--workers", "1"]
     if arguments[0] in ("probe", "predict", "embed"):
         return [*arguments, "--workers", "0"]
+    if arguments[0] == "study":  # tests/commands/test_study.py makes one
+        return [*arguments, f"data.path={shards}", "--plan"]
     job = split_job(arguments)
     if job is None:
         return arguments

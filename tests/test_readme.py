@@ -36,7 +36,7 @@ ELSEWHERE = {
     "docs/add_a_method.md": "tests/test_add_a_method.py",  # its command needs the page's own method
     "docs/flight_recorder.md": "tests/commands/test_replay.py",  # its run is meant to fail
 }
-RECIPES = [path for verb in VERBS for path in sorted((ROOT / "configs" / verb).glob("*.yaml"))]
+RECIPES = [path for verb in (*VERBS, "study") for path in sorted((ROOT / "configs" / verb).glob("*.yaml"))]
 
 
 @pytest.fixture(scope="module")

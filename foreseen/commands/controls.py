@@ -118,7 +118,7 @@ class Plan:
     def chosen(self) -> Arm:
         """Scratch at its best: the arm with the highest mean on validation over the tuning seeds."""
         seeds = self.seeds[: self.tuning_seeds]
-        return max(self.scratch, key=lambda arm: mean(_validation(arm.seeded(seed)) for seed in seeds))
+        return max(self.scratch, key=lambda arm: mean(validation_of(arm.seeded(seed)) for seed in seeds))
 
     def remaining_scratch(self, chosen: Arm) -> "list[Config]":
         """The runs of scratch that are left once it is chosen."""
@@ -229,13 +229,22 @@ def run_controls(config: "Config", jobs: Jobs, *, seeds: int) -> str:
 
 def _check(config: "Config", seeds: int) -> None:
     """Refuse what could not be concluded, before the first run."""
-    from foreseen.commands.session import open_shards
-    from foreseen.engine.launch import start
-
     if Subject.of(config).source is None:
         raise BadInput("--controls compares an encoder with scratch, and model.init_from is null; give an encoder")
     if seeds < 1:
         raise BadInput(f"--seeds must be 1 or more, got {seeds}")
+    check_test_labels(config)
+
+
+def check_test_labels(config: "Config") -> None:
+    """Refuse a set whose test split has no labels to compare by.
+
+    Raises:
+        BadInput: it has none, or there is no such split.
+    """
+    from foreseen.commands.session import open_shards
+    from foreseen.engine.launch import start
+
     test = open_shards(config, config.data.test_split, start(config.compute))
     if test.labels is None or not (test.labels >= 0).any():
         raise BadInput(f"split {test.split!r} of data.path {test.place} has no labels to compare by")
@@ -383,7 +392,8 @@ def _result(config: "Config") -> dict[str, Any]:
     return found
 
 
-def _validation(config: "Config") -> float:
+def validation_of(config: "Config") -> float:
+    """The top-1 on validation, in [0, 1], of a finished run."""
     return float(_result(config)["validation"]["top1"])
 
 
