@@ -9,7 +9,7 @@ trains from scratch: the control is the same code. With other options it is DeiT
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -119,8 +119,10 @@ class Supervised(Objective):
         """
         options = config.method
         assert isinstance(options, SupervisedOptions)
-        model, view = create_classifier(config, options, num_classes)
-        return cls(model, options, view, erase=config.views.erase)
+        student = create_classifier(config, options, num_classes)
+        objective = cls(student.model, options, student.view, erase=config.views.erase)
+        objective.notes = student.notes
+        return objective
 
     @property
     def request(self) -> Request:
@@ -201,12 +203,21 @@ class Supervised(Objective):
         return images
 
 
-def create_classifier(config: Config, options: SupervisedOptions, num_classes: int) -> tuple[nn.Module, View]:
-    """The network that a recipe trains, and the view that it is trained on."""
+class Classifier(NamedTuple):
+    """The network that a recipe trains, the view that it is trained on, and what is to be said of how it began."""
+
+    model: nn.Module
+    view: View
+    notes: tuple[str, ...]
+
+
+def create_classifier(config: Config, options: SupervisedOptions, num_classes: int) -> Classifier:
+    """Build what a recipe trains, with the weights of its `init_from`."""
     encoder = create_encoder(config.model, img_size=config.views.size, num_classes=num_classes, pool=options.pool)
     if encoder.initialised is not None:
         _draw_heads(encoder.model, encoder.initialised.fresh, options.head_init_std)
-    return encoder.model, training_view(config.views, encoder.preprocessing)
+    notes = () if encoder.initialised is None else encoder.initialised.notes
+    return Classifier(encoder.model, training_view(config.views, encoder.preprocessing), notes)
 
 
 def training_view(options: ViewOptions, preprocessing: Preprocessing) -> View:

@@ -157,6 +157,10 @@ class Objective(nn.Module):
         """
         return {}
 
+    def teachers(self) -> Sequence[Mapping[str, Any]]:
+        """Those of them whose judgement it learns, as `handoff.encoder.describe_parent` tells; for its lineage."""
+        return ()
+
     def evaluation_request(self) -> Request:
         """What `evaluate` wants of each sample."""
         return self.request

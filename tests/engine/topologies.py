@@ -58,6 +58,7 @@ _HARDER_METHOD = {
     # Fewer patches than asked for are hidden in some images, so images count unevenly.
     "beit": ["method.mask={num_masked: 7, min_block: 4, exact: false}"],
     "vqkd": ["method.revive_after=5"],
+    "supervised": ["optim.name=lamb"],  # the others have AdamW
 }
 
 
