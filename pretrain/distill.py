@@ -115,7 +115,10 @@ class FeatureDistill(Objective):
             ) from error
         encoder = create_encoder(config.model, img_size=config.views.size)
         view = configured_view(config.views, encoder.preprocessing.mean, encoder.preprocessing.std)
-        return cls(encoder.model, options, view, teacher)
+        objective = cls(encoder.model, options, view, teacher)
+        if encoder.initialised is not None:
+            objective.notes = [*objective.notes, *encoder.initialised.notes]
+        return objective
 
     @property
     def request(self) -> Request:

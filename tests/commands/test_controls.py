@@ -223,6 +223,9 @@ def test_a_distilled_student_is_compared_with_itself_on_labels_alone(recipe: Rec
     student = json.loads((study / "distilled/seed-0/encoder/config.json").read_text(encoding="utf-8"))
     assert student["label_names"] == list(CLASSES)  # it can be a teacher itself
     assert "Did distillation help?" in (teacher / "README.md").read_text(encoding="utf-8")
+    table = tmp_path / "table.md"
+    _foreseen("results", str(study / "distilled/seed-0"), "--out", str(table))
+    assert f"| scratch, with the teacher {teacher} |" in table.read_text(encoding="utf-8")
 
 
 def test_a_study_of_another_encoder_in_the_same_folder_is_refused(recipe: Recipe, tmp_path: Path) -> None:
