@@ -223,7 +223,7 @@ def create_classifier(config: Config, options: SupervisedOptions, num_classes: i
         is_new = _draw_heads(encoder.model, encoder.initialised.fresh, options.head_init_std)
         if is_new and options.head_init_std < _SMALL_HEAD and _BY_NORM.fullmatch(config.optim.name):
             notes += (
-                f"optim.name {config.optim.name} makes steps in proportion to a weight's norm, so a new head drawn with "
+                f"optim.name {config.optim.name} makes steps in proportion to a weight's norm, so a new head of "
                 f"method.head_init_std {options.head_init_std:g} hardly moves: set it to 0.02",
             )
     return Classifier(encoder.model, training_view(config.views, encoder.preprocessing), notes)
