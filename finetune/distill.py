@@ -5,7 +5,7 @@ student with a distillation token (timm's `deit_*_distilled_*`) learns the label
 other, and averages both heads' logits when it is used; any other timm classifier learns both with its one head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -85,6 +85,7 @@ class Distill(Supervised):
             model.set_distilled_training()
         self.teacher = Frozen(teacher.model)
         self.teacher_sha256 = teacher.sha256
+        self._teachers = (teacher.parent,)
         self.crop = crop
         self.notes = (crop.note(options.teacher), *_believed(teacher, options.teacher))
 
@@ -98,10 +99,13 @@ class Distill(Supervised):
         options = config.method
         assert isinstance(options, DistillOptions)
         teacher = load_teacher(options.teacher, num_classes, class_names)
-        model, view = create_classifier(config, options, num_classes)
+        student = create_classifier(config, options, num_classes)
         own = config.views.model_copy(update={"size": teacher.preprocessing.size})
-        crop = SameCrop(view, teacher.preprocessing, transform=training_view(own, teacher.preprocessing).transform)
-        return cls(model, options, view, teacher, crop, erase=config.views.erase)
+        transform = training_view(own, teacher.preprocessing).transform
+        crop = SameCrop(student.view, teacher.preprocessing, transform=transform)
+        objective = cls(student.model, options, student.view, teacher, crop, erase=config.views.erase)
+        objective.notes = (*objective.notes, *student.notes)
+        return objective
 
     @property
     def request(self) -> Request:
@@ -151,6 +155,10 @@ class Distill(Supervised):
     def frozen_inputs(self) -> dict[str, str]:
         """The teacher's weights."""
         return {"teacher": self.teacher_sha256}
+
+    def teachers(self) -> Sequence[Mapping[str, Any]]:
+        """The one, with its terms and its own lineage."""
+        return self._teachers
 
 
 def load_teacher(source: str, num_classes: int, class_names: Sequence[str] | None) -> FrozenClassifier:

@@ -7,9 +7,10 @@ trains from scratch: the control is the same code. With other options it is DeiT
 (arXiv:2012.12877, arXiv:2204.07118).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -32,6 +33,8 @@ from foreseen.models.initialise import head_names
 from foreseen.models.precision import in_float32
 
 _PICTURES = 8
+_BY_NORM = re.compile("c?(fused)?lamb.*|n?lar[sc]")  # timm's, whose step of a weight is a share of its norm
+_SMALL_HEAD = 1e-3  # 200 steps at a share of 0.01 make a norm e² times larger
 
 
 class SupervisedOptions(MethodOptions):
@@ -119,8 +122,10 @@ class Supervised(Objective):
         """
         options = config.method
         assert isinstance(options, SupervisedOptions)
-        model, view = create_classifier(config, options, num_classes)
-        return cls(model, options, view, erase=config.views.erase)
+        student = create_classifier(config, options, num_classes)
+        objective = cls(student.model, options, student.view, erase=config.views.erase)
+        objective.notes = student.notes
+        return objective
 
     @property
     def request(self) -> Request:
@@ -205,12 +210,27 @@ class Supervised(Objective):
         return images
 
 
-def create_classifier(config: Config, options: SupervisedOptions, num_classes: int) -> tuple[nn.Module, View]:
-    """The network that a recipe trains, and the view that it is trained on."""
+class Classifier(NamedTuple):
+    """The network that a recipe trains, the view that it is trained on, and what is to be said of how it began."""
+
+    model: nn.Module
+    view: View
+    notes: tuple[str, ...]
+
+
+def create_classifier(config: Config, options: SupervisedOptions, num_classes: int) -> Classifier:
+    """Build what a recipe trains, with the weights of its `init_from`."""
     encoder = create_encoder(config.model, img_size=config.views.size, num_classes=num_classes, pool=options.pool)
+    notes: tuple[str, ...] = ()
     if encoder.initialised is not None:
-        _draw_heads(encoder.model, encoder.initialised.fresh, options.head_init_std)
-    return encoder.model, training_view(config.views, encoder.preprocessing)
+        notes = encoder.initialised.notes
+        is_new = _draw_heads(encoder.model, encoder.initialised.fresh, options.head_init_std)
+        if is_new and options.head_init_std < _SMALL_HEAD and _BY_NORM.fullmatch(config.optim.name):
+            notes += (
+                f"optim.name {config.optim.name} makes steps in proportion to a weight's norm, so a new head of "
+                f"method.head_init_std {options.head_init_std:g} hardly moves: set it to 0.02",
+            )
+    return Classifier(encoder.model, training_view(config.views, encoder.preprocessing), notes)
 
 
 def training_view(options: ViewOptions, preprocessing: Preprocessing) -> View:
@@ -228,10 +248,12 @@ def training_view(options: ViewOptions, preprocessing: Preprocessing) -> View:
     return replace(view, centre_fraction=fraction, transform=transform)
 
 
-def _draw_heads(model: nn.Module, fresh: tuple[str, ...], std: float) -> None:
-    for head in head_names(model):
-        if f"{head}weight" in fresh:
-            classifier: Any = model.get_submodule(head.removesuffix("."))
-            nn.init.trunc_normal_(classifier.weight, std=std)
-            if classifier.bias is not None:
-                nn.init.zeros_(classifier.bias)
+def _draw_heads(model: nn.Module, fresh: tuple[str, ...], std: float) -> bool:
+    """Draw the classifiers that did not come with the weights anew; whether there are any."""
+    new = [head for head in head_names(model) if f"{head}weight" in fresh]
+    for head in new:
+        classifier: Any = model.get_submodule(head.removesuffix("."))
+        nn.init.trunc_normal_(classifier.weight, std=std)
+        if classifier.bias is not None:
+            nn.init.zeros_(classifier.bias)
+    return bool(new)

@@ -9,7 +9,7 @@ Ranzinger et al. 2024, AM-RADIO, arXiv:2312.06709, equations 2 and 3.
 Letters: B images, D the student's channels, T the teacher's, h and w the student's places.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -84,6 +84,7 @@ class FeatureDistill(Objective):
         self.crop = SameCrop(view, teacher.preprocessing)
         self.teacher = Frozen(teacher.model)
         self.teacher_sha256 = teacher.sha256
+        self._teachers = (teacher.parent,)
         theirs = self._example(self.teacher.network, self.crop.size, "method.teacher")
         ours = self._example(model, view.size, "model.name")
         self.grid = (0, 0) if ours.places is None else (ours.places.shape[2], ours.places.shape[3])
@@ -114,7 +115,10 @@ class FeatureDistill(Objective):
             ) from error
         encoder = create_encoder(config.model, img_size=config.views.size)
         view = configured_view(config.views, encoder.preprocessing.mean, encoder.preprocessing.std)
-        return cls(encoder.model, options, view, teacher)
+        objective = cls(encoder.model, options, view, teacher)
+        if encoder.initialised is not None:
+            objective.notes = [*objective.notes, *encoder.initialised.notes]
+        return objective
 
     @property
     def request(self) -> Request:
@@ -151,6 +155,10 @@ class FeatureDistill(Objective):
     def frozen_inputs(self) -> dict[str, str]:
         """The teacher's weights."""
         return {"teacher": self.teacher_sha256}
+
+    def teachers(self) -> Sequence[Mapping[str, Any]]:
+        """The one, with its terms and its own lineage."""
+        return self._teachers
 
     def pictures(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """The crops: [N, 3, H, W] uint8."""

@@ -113,8 +113,10 @@ def shrunk(arguments: list[str], shards: Path, archives: Path) -> list[str]:
     smaller: dict[str, object] = {
         "run.steps": 2, "run.epochs": "null", "optim.warmup_steps": 1, "optim.warmup_epochs": "null",
         "batch.global_size": 4, "batch.micro_size": "null", "data.workers": 0, "compute.precision": "fp32",
-        "views.size": 4 * patch, "model.args": "{embed_dim: 48, depth: 2, num_heads: 3}",
+        "views.size": 4 * patch,
     }  # fmt: skip
+    if config.model.name is None or named is not None:  # a ViT
+        smaller["model.args"] = "{embed_dim: 48, depth: 2, num_heads: 3}"
     if config.data.path is None:
         smaller["data.path"] = shards
     given = {override.partition("=")[0] for override in overrides}

@@ -64,6 +64,8 @@ class Subject:
         treated, control: what the sides are called; their folders and keys begin so.
         deed: what may have helped.
         once: what there is one of, whatever the seeds.
+        column: what tells the sides apart, as the head of a column, and the treated side's entry there.
+        trained_before: whose training may have seen the test pictures.
         student: the control's method, where it is not scratch.
     """
 
@@ -72,6 +74,8 @@ class Subject:
     control: str = "scratch"
     deed: str = "Pretraining"
     once: str = "one pretraining run"
+    column: tuple[str, str] = ("begins from", "pretrained")
+    trained_before: str = "pretraining"
     student: "MethodOptions | None" = None
 
     @classmethod
@@ -81,7 +85,26 @@ class Subject:
         if found is None:
             return cls(config.model.init_from)
         student, source = found
-        return cls(source, "distilled", "labels alone", "Distillation", "one teacher", student)
+        return cls(
+            source,
+            "distilled",
+            "labels alone",
+            "Distillation",
+            "one teacher",
+            ("learns from", "labels and the teacher"),
+            "the teacher",
+            student,
+        )
+
+    @property
+    def kind(self) -> str:
+        """What its source is."""
+        return "encoder" if self.student is None else "teacher or encoder"
+
+    @property
+    def heading(self) -> str:
+        """What is compared with what."""
+        return f"{self.treated.capitalize()} against {self.control}"
 
     @property
     def folder(self) -> Path:
@@ -175,7 +198,7 @@ def make_plan(
     every = tuple(range(config.seed, config.seed + seeds))
     return Plan(
         subject=subject,
-        pretrained=arm(subject.treated, subject.treated, config),
+        pretrained=arm(subject.treated, subject.column[1], config),
         scratch=tuple(candidates),
         start=start,
         seeds=every,
@@ -298,7 +321,7 @@ def claim_folder(config: "Config") -> None:
     config.run.dir.mkdir(parents=True, exist_ok=True)
     if note.is_file() and note.read_text(encoding="utf-8").strip() != digest:
         raise BadInput(
-            f"run.dir {config.run.dir} holds the controls of another encoder than "
+            f"run.dir {config.run.dir} holds the controls of another {subject.kind} than "
             f"{' and '.join(source for source in sources if source is not None)}; take another run.dir"
         )
     write_atomically(note, digest + "\n")
@@ -451,10 +474,16 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
     test = recall_set(first["test_data"]["path"], first["test_data"]["split"])
     seen = count_seen(lineage, test)
     sentences = [_sentence(subject, sides[name][1], difference) for name, difference in differences.items()]
-    notes = (_edge_of_grid(plan, chosen), describe_seen(seen, test), _labels_of_the_teacher(plan, lineage))
+    notes = (
+        _edge_of_grid(plan, chosen),
+        describe_seen(seen, test, subject.trained_before),
+        _labels_of_the_teacher(plan, lineage),
+    )
     verdict = " ".join([*sentences, *(note for note in notes if note)])
     record = {
-        "encoder": subject.source,
+        "compared": subject.heading,
+        "column": subject.column[0],
+        ("encoder" if subject.student is None else "teacher"): subject.source,
         "method": lineage.get("method"),
         "labels": {
             "data": masked(str(config.data.path)),
@@ -464,13 +493,13 @@ def conclude(plan: Plan, chosen: Arm, lineage: dict[str, Any]) -> str:
         },
         "test_pictures_seen": seen,
         "arms": {subject.treated: pretrained} | {name: side for name, (side, _) in sides.items()},
-        "scratch_candidates": {arm.name: scores(arm, tried) for arm in plan.scratch},
-        "chosen_scratch": chosen.name,
+        "control_candidates": {arm.name: scores(arm, tried) for arm in plan.scratch},
+        "chosen_control": chosen.name,
         "differences": {name: asdict(difference) for name, difference in differences.items()},
         "verdict": verdict,
         "made_by": describe_start({}),
     }
-    report = f"{report_table(record)}\n\n{verdict}"
+    report = f"{subject.heading}:\n\n{report_table(record)}\n\n{verdict}"
     if is_main_rank():
         write_atomically(config.run.dir.parent / FILE_NAME, json.dumps(record, indent=2) + "\n")
         _add_to_card(subject, config, record, report)
@@ -512,14 +541,14 @@ def _sentence(subject: Subject, against: str, difference: Any) -> str:
 def report_table(record: dict[str, Any]) -> str:
     """A Markdown table of `controls.json`."""
     lines = [
-        "| begins from | lr, layer decay | seeds | validation top-1 | test top-1, mean ± sd | each |",
+        f"| {record['column']} | lr, layer decay | seeds | validation top-1 | test top-1, mean ± sd | each |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    chosen = record["scratch_candidates"][record["chosen_scratch"]]["title"]
+    chosen = record["control_candidates"][record["chosen_control"]]["title"]
     for arm in record["arms"].values():
         note = " (chosen on validation)" if arm["title"] == chosen else ""
         lines.append(_row(arm, f"{arm['title']}{note}"))
-    for arm in record["scratch_candidates"].values():
+    for arm in record["control_candidates"].values():
         if arm["title"] != chosen:
             lines.append(_row(arm, f"{arm['title']} (not chosen)"))
     return "\n".join(lines)

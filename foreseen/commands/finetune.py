@@ -21,7 +21,11 @@ def finetune(
         list[str] | None, typer.Argument(help="Dotted overrides, such as model.init_from=runs/mae/encoder.")
     ] = None,
     controls: Annotated[
-        bool, typer.Option("--controls", help="Compare the encoder with scratch at its best, over seeds.")
+        bool,
+        typer.Option(
+            "--controls",
+            help="Compare with scratch, or a distilled student with labels alone, at its best, over seeds.",
+        ),
     ] = False,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="With --controls: pairs of runs, from the recipe's seed on. Default: 5.")
@@ -33,7 +37,7 @@ def finetune(
     """Fine-tune on labels; choices are made on a validation split cut from train, test is read once at the end.
 
     With --controls the run folder holds one run for each side and seed, and controls.json, which also goes into the
-    model card of the encoder. Finished runs are not made again.
+    model card of the encoder, or of the teacher. Finished runs are not made again.
     """
     from foreseen.commands.verbs import leave, load_recipe
     from foreseen.errors import BadInput
@@ -160,8 +164,9 @@ def _finish(
         return
     seen = Preprocessing.of_view(objective.evaluation_request().views[0])
     step = outcome.best_step or outcome.step
-    frozen_inputs = objective.frozen_inputs()
-    lineage = describe_lineage(config, job.builder.shards, step, outcome.parents, frozen_inputs) | {"result": result}
+    lineage = describe_lineage(
+        config, job.builder.shards, step, outcome.parents, objective.frozen_inputs(), objective.teachers()
+    ) | {"result": result}
     folder = config.run.dir / "encoder"
     save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage, class_names=shards.classes)
     accelerator.print(f"classifier: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")

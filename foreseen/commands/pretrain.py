@@ -58,8 +58,9 @@ def run(config: "Config") -> "Outcome":
                 say(f"told to stop: saved at step {outcome.step}; the same command goes on from there")
             else:
                 folder = config.run.dir / "encoder"
-                frozen_inputs = objective.frozen_inputs()
-                lineage = describe_lineage(config, pictures, outcome.step, outcome.parents, frozen_inputs)
+                lineage = describe_lineage(
+                    config, pictures, outcome.step, outcome.parents, objective.frozen_inputs(), objective.teachers()
+                )
                 save_encoder(objective.encoder(), folder, preprocessing=seen, lineage=lineage)
                 say(f"encoder: {folder}   timm.create_model('local-dir:{folder}', pretrained=True)")
     return outcome

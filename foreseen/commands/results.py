@@ -70,6 +70,12 @@ def _group(run: dict[str, Any]) -> str:
     return json.dumps(config, sort_keys=True)
 
 
+def _beginning(config: dict[str, Any]) -> str:
+    """What weights a run began from, and what it learned from besides labels."""
+    begin, teacher = str(config["model"]["init_from"] or "scratch"), config["method"].get("teacher")
+    return begin if teacher is None else f"{begin}, with the teacher {teacher}"
+
+
 def _row(runs: list[dict[str, Any]]) -> str:
     from statistics import mean, stdev
 
@@ -82,7 +88,7 @@ def _row(runs: list[dict[str, Any]]) -> str:
     machine = start["machine"]
     shots = config["data"]["shots"]
     cells = [
-        str(config["model"]["init_from"] or "scratch"),
+        _beginning(config),
         f"{config['model']['name'] or 'of the encoder'} {'×'.join(map(str, config['views']['size']))} px",
         f"{shots} a class" if shots else f"all but validation ({first['result']['training_samples']})",
         f"{config['run']['steps']} × {config['batch']['global_size']}",

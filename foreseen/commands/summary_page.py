@@ -93,7 +93,7 @@ def _table(record: dict[str, Any]) -> str:
         ]
         rows.append(f"<tr{' class=first' if not difference else ''}>" + "".join(f"<td>{html.escape(c)}" for c in cells))
     tried = ", ".join(
-        f"{arm['title']} {mean(arm['validation']):.1f}" for arm in record["scratch_candidates"].values()
+        f"{arm['title']} {mean(arm['validation']):.1f}" for arm in record["control_candidates"].values()
     )  # fmt: skip
     chosen = (
         "Validation, on the first seeds, chose among the recipes of scratch, “same” being the pretrained side's and "

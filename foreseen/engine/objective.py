@@ -161,6 +161,10 @@ class Objective(nn.Module):
         """What else of the config to set where groups do not fit a micro-batch, such as "method.koleo_weight=0"."""
         return ""
 
+    def teachers(self) -> Sequence[Mapping[str, Any]]:
+        """Those of them whose judgement it learns, as `handoff.encoder.describe_parent` tells; for its lineage."""
+        return ()
+
     def evaluation_request(self) -> Request:
         """What `evaluate` wants of each sample."""
         return self.request

@@ -146,6 +146,9 @@ class SteppedOptimizer:
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
         """Take back what `state` gave; what is remembered since then is forgotten."""
         self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            for what in group.keys() - self._settings:
+                del group[what]
         for key, value in {**tensors, **numbers}.items():
             what, _, name = key.partition("/")
             if what == _GROUP:

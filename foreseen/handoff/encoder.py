@@ -31,6 +31,7 @@ from foreseen.data.views import IMAGENET_MEAN, IMAGENET_STD, View
 from foreseen.errors import BadInput
 from foreseen.files import read_json, sha256_of
 from foreseen.handoff.card import keep_sections
+from foreseen.handoff.terms import describe_teacher
 from foreseen.models.backbone import FACTORY, Pool, architecture_of, create_backbone
 from foreseen.models.initialise import Initialised, initialise
 
@@ -366,6 +367,7 @@ def _config(model: nn.Module, preprocessing: Preprocessing) -> dict[str, Any]:
 
 def _card(name: str, described: Mapping[str, Any], lineage: Mapping[str, Any]) -> str:
     height, width = described["pretrained_cfg"]["input_size"][1:]
+    teachers = "".join(f"\nIt learned from a teacher: {describe_teacher(t)}\n" for t in lineage.get("teachers") or [])
     return f"""---
 library_name: timm
 tags: [image-feature-extraction, timm, foreseen]
@@ -380,7 +382,7 @@ import timm
 model = timm.create_model("local-dir:{name}", pretrained=True)  # num_classes=N gives it a new head
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
-
+{teachers}
 Where the weights are from (`lineage.json`):
 
 ```json

@@ -13,10 +13,10 @@ _CRC32 = np.uint64(0xFFFFFFFF)  # its part of a picture's digest
 
 
 def count_seen(lineage: Mapping[str, Any], test: ShardSet) -> int | None:
-    """How many pictures of a split are, byte for byte, among those that an encoder or its parents were trained on.
+    """How many pictures of a split are, byte for byte, among those that an encoder or those before it were trained on.
 
     Args:
-        lineage: of the encoder.
+        lineage: of the encoder, with those of its parents and teachers.
         test: the split.
 
     Returns:
@@ -35,19 +35,19 @@ def count_seen(lineage: Mapping[str, Any], test: ShardSet) -> int | None:
     return int(seen.sum())
 
 
-def describe_seen(count: int | None, test: ShardSet) -> str | None:
+def describe_seen(count: int | None, test: ShardSet, who: str = "pretraining") -> str | None:
     """A sentence on `count_seen`; None where no picture was seen."""
     if count is None:
-        return "Whether pretraining saw the test pictures could not be checked."
+        return f"Whether {who} saw the test pictures could not be checked."
     if count == 0:
         return None
-    return f"TRANSDUCTIVE: pretraining saw {count} of the {len(test)} test pictures, so this is no headline."
+    return f"TRANSDUCTIVE: {who} saw {count} of the {len(test)} test pictures, so this is no headline."
 
 
 def _trained_on(lineage: Mapping[str, Any]) -> Iterator[ShardSet | None]:
     data = lineage.get("data")
     yield _open(data) if isinstance(data, dict) else None
-    for parent in lineage.get("parents") or []:
+    for parent in [*(lineage.get("parents") or []), *(lineage.get("teachers") or [])]:
         yield from _trained_on(parent["lineage"])
 
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from foreseen.errors import BadInput
@@ -16,6 +18,10 @@ from foreseen.models.relative_position import resize_relative_position, table_ro
 _POOLING = ("norm.", "fc_norm.", "attn_pool.")
 _TABLE = "relative_position_bias_table"
 _SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
+_DISTILLATION = "dist_token"
+_ABOUT_DISTILLATION = (
+    "{source} has no distillation token: the token and its head are new, and it is placed where the class token is"
+)
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,12 @@ class Initialised:
     Attributes:
         fresh: weights of the model that keep their random values.
         unused: weights of the source that have no place in the model.
+        notes: what else the user should know, in words.
     """
 
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def initialise(
@@ -37,9 +45,10 @@ def initialise(
     """Copy the weights of another model of the same backbone.
 
     A position table is resized to the model's grid by MAE's rule, BEiT's tables of relative positions by BEiT's; a
-    table that all blocks share is copied into each block of a model that has one per block. Where the pooling differs,
-    `norm` is dropped and `fc_norm` begins anew, as MAE and BEiT fine-tune; a head is carried over only if it has as
-    many classes.
+    table that all blocks share is copied into each block of a model that has one per block. A plain ViT's weights
+    begin a distilled one, too: its distillation token is new, and is placed where the class token is. Where the
+    pooling differs, `norm` is dropped and `fc_norm` begins anew, as MAE and BEiT fine-tune; a head is carried over only
+    if it has as many classes.
 
     Args:
         model: a timm model, changed in place.
@@ -54,6 +63,9 @@ def initialise(
     """
     wanted = model.state_dict()
     given = dict(state)
+    lacks_token = isinstance(model, VisionTransformerDistilled) and _DISTILLATION not in given and "cls_token" in given
+    if lacks_token:
+        given = _with_place_for_distillation(given, img_size)
     if "pos_embed" in given and "pos_embed" in wanted:
         given["pos_embed"] = _positions(model, given, img_size)
     if isinstance(model, Beit):
@@ -62,8 +74,9 @@ def initialise(
     result = Initialised(
         fresh=tuple(name for name in wanted if name not in fitting),
         unused=tuple(name for name in given if name not in fitting),
+        notes=(_ABOUT_DISTILLATION.format(source=source),) if lacks_token else (),
     )
-    may_differ = (*_POOLING, *head_names(model))
+    may_differ = (*_POOLING, *head_names(model), *([_DISTILLATION] if lacks_token else []))
     misfits = [name for name in (*result.fresh, *result.unused) if not name.startswith(may_differ)]
     if misfits:
         raise BadInput(_misfit(misfits, wanted, given, source))
@@ -89,6 +102,21 @@ def _positions(model: nn.Module, given: Mapping[str, Tensor], img_size: tuple[in
     if table.shape[1] != prefix + old_grid[0] * old_grid[1]:
         return table  # prefix tokens differ; the shapes will tell
     return resize_pos_embed(table, old_grid, patch_grid(model), prefix)
+
+
+def _with_place_for_distillation(given: Mapping[str, Tensor], img_size: tuple[int, int]) -> dict[str, Tensor]:
+    """The same weights, with the class token's position twice where a plain ViT's table has it once.
+
+    Both tokens stand for the whole image, so the new one, which is drawn anew, begins at the same place. DeiT itself
+    trains its own from scratch; MAE's class token, and so this one, is at zero.
+    """
+    table, projection = given.get("pos_embed"), given.get("patch_embed.proj.weight")
+    if table is None or projection is None or table.ndim != 3:
+        return dict(given)
+    rows, columns = _grid(projection, img_size)
+    if table.shape[1] != 1 + rows * columns:
+        return dict(given)  # the shapes will tell
+    return dict(given) | {"pos_embed": torch.cat((table[:, :1], table), dim=1)}
 
 
 def _with_relative_positions(model: Beit, given: Mapping[str, Tensor], img_size: tuple[int, int]) -> dict[str, Tensor]:

@@ -100,6 +100,7 @@ def test_a_clear_gain_is_told_with_its_interval_and_goes_into_the_model_card(
 ) -> None:
     report = _study(tmp_path, small_shards, pretrained=[0.50, 0.52, 0.54], scratch=[0.40, 0.43, 0.43])
     # Differences 10, 9, 11: mean 10, sd 1, t(0.975, 2) / sqrt(3) = 2.484.
+    assert report.startswith("Pretrained against scratch:\n\n| begins from |")
     assert "Pretraining helped by 10.0 points against scratch, same recipe" in report
     assert "95 % interval +7.5 to +12.5 over 3 seeds of labels and fine-tuning, one pretraining run" in report
     assert "3× the passes" in report
@@ -203,6 +204,10 @@ def test_a_distilled_student_is_compared_with_itself_on_labels_alone(recipe: Rec
     study = tmp_path / "study"
     overrides = _small(recipe, run__dir=study, method__teacher=teacher)
     report = _foreseen("finetune", "cpu_minutes_distill", *overrides, "--controls", "--seeds", "2")
+    said = report[report.index("Distilled against labels alone:\n\n| learns from |") :].lower()
+    assert "| labels and the teacher |" in said
+    assert "whether the teacher saw the test pictures" in said
+    assert not any(word in said for word in ("pretrain", "scratch"))
     assert "against labels alone, " in report
     assert "one teacher" in report
     record = json.loads((study / "controls.json").read_text(encoding="utf-8"))
@@ -218,6 +223,9 @@ def test_a_distilled_student_is_compared_with_itself_on_labels_alone(recipe: Rec
     student = json.loads((study / "distilled/seed-0/encoder/config.json").read_text(encoding="utf-8"))
     assert student["label_names"] == list(CLASSES)  # it can be a teacher itself
     assert "Did distillation help?" in (teacher / "README.md").read_text(encoding="utf-8")
+    table = tmp_path / "table.md"
+    _foreseen("results", str(study / "distilled/seed-0"), "--out", str(table))
+    assert f"| scratch, with the teacher {teacher} |" in table.read_text(encoding="utf-8")
 
 
 def test_a_study_of_another_encoder_in_the_same_folder_is_refused(recipe: Recipe, tmp_path: Path) -> None:
@@ -245,7 +253,7 @@ def test_a_study_of_another_teacher_or_start_in_the_same_folder_is_refused(tmp_p
     controls.claim_folder(study("teacher", "one"))
     controls.claim_folder(study("teacher", "one"))
     for teacher, begin in (("two", "one"), ("teacher", "two")):
-        with pytest.raises(BadInput, match="holds the controls of another encoder"):
+        with pytest.raises(BadInput, match="holds the controls of another teacher or encoder"):
             controls.claim_folder(study(teacher, begin))
 
 

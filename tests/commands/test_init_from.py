@@ -18,6 +18,7 @@ from foreseen.errors import BadInput
 from foreseen.handoff.encoder import Preprocessing, save_encoder
 from foreseen.models.backbone import create_backbone
 from foreseen.models.position import resize_pos_embed
+from tests.tiny_teacher import CLASSES, save_teacher
 
 Recipe = Callable[..., list[str]]
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -168,3 +169,26 @@ def test_weights_that_do_not_fit_are_refused_with_a_sentence(
 def test_public_weights_that_do_not_exist_are_a_sentence(name: str, sentence: str, recipe: Recipe) -> None:
     with pytest.raises(BadInput, match=sentence):
         pretrain(*recipe(**FROZEN, model__init_from=f"timm:{name}"))
+
+
+@pytest.mark.parametrize("command", ["finetune cpu_minutes_distill", "pretrain feature_distill_cpu_minutes"])
+def test_a_students_lineage_and_card_say_where_its_teacher_is_from(
+    command: str, public_vit: dict[str, torch.Tensor], recipe: Recipe, tmp_path: Path
+) -> None:
+    started = {"run__steps": 1, "optim__warmup_steps": 0, "batch__global_size": 8}
+    student = command.split()
+    if student[0] == "pretrain":
+        source, known = "timm:test_vit.r160_in1k", ["apache-2.0"]
+    else:  # a folder that says nothing of its licence or its data
+        source, known = str(save_teacher(tmp_path / "teacher", class_names=CLASSES)), ["unknown"]
+        started["data__shots"] = 3
+    small = recipe(**started, method__teacher=source)
+    assert CliRunner().invoke(cli.app, [*student, *small], catch_exceptions=False).exit_code == 0
+    lineage = json.loads((tmp_path / "run/encoder/lineage.json").read_text(encoding="utf-8"))
+    (teacher,) = lineage["teachers"]
+    assert (teacher["source"], lineage["licences"], lineage["parents"]) == (source, known, [])
+    card = (tmp_path / "run/encoder/README.md").read_text(encoding="utf-8")
+    said = card[card.index("It learned from a teacher") : card.index("Where the weights are from")]
+    assert source in said
+    assert f"Licence: {known[0]}. Trained on: unknown." in said
+    assert ("Find out before you pass this model on" in said) == (known == ["unknown"])

@@ -56,6 +56,51 @@ def test_state_that_was_taken_and_put_back_gives_the_same_next_step(name: str) -
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_going_back_to_the_beginning_forgets_every_step(name: str) -> None:
+    module = nn.Linear(3, 2)
+    start = {key: value.clone() for key, value in module.state_dict().items()}
+    optimizer = _optimizer(module, name=name)
+    ends = []
+    for _ in range(2):
+        module.load_state_dict(start)
+        optimizer.load_state({}, {})
+        for step in range(3):
+            _give_gradients(module, step + 1.0)
+            optimizer.step(step, torch.tensor(True))
+        ends.append(module.weight.detach().clone())
+    assert torch.equal(*ends)
+
+
+def _wave(*shape: int, phase: float) -> torch.Tensor:
+    return (1.7 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64) + phase).sin().view(shape)
+
+
+def test_lamb_has_the_numbers_of_another_implementation() -> None:
+    """optax 0.2.8 in float64: `chain(clip_by_global_norm(1), lamb(...))`, `adam` for what has no weight decay."""
+    shapes = {"kernel": (3, 2), "deep": (2, 2), "bias": (3,), "zero": (2, 2)}
+    values = {name: _wave(*shape, phase=place) for place, (name, shape) in enumerate(shapes.items())}
+    values["zero"].zero_()  # a norm of 0 has no trust ratio
+    module = nn.ParameterDict({name: nn.Parameter(value) for name, value in values.items()})
+    rules = {name: ParameterRule(decay=name != "bias", lr_scale=0.5 if name == "deep" else 1.0) for name in shapes}
+    # Constant, since it ends where it begins; LAMB clips by itself at a norm of 1, which every other step exceeds.
+    optimizer = _optimizer(module, rules, name="lamb", base_lr=0.01, min_lr=0.01, weight_decay=0.05)
+    for step in range(8):
+        for place, (name, shape) in enumerate(shapes.items()):
+            module[name].grad = (0.1 if step % 2 else 2.0) * _wave(*shape, phase=10 * place + step)
+        optimizer.step(step, torch.tensor(True))
+    expected = {
+        "kernel": [-0.016653931483734265, 0.9725698516072896, -0.22556548790854483,
+                   -0.9101590989828353, 0.4618220196153721, 0.7860162340689199],
+        "deep": [0.8541657542390374, 0.43220499203479545, -0.9631892484788851, -0.18652257010313858],
+        "bias": [0.8800798202688277, -0.5320468199371434, -0.7475298783119838],
+        "zero": [0.010125858894099678, -0.010324879782564961, -0.01008209210908409, 0.010347248010455131],
+    }  # fmt: skip
+    for name, numbers in expected.items():
+        found = module[name].detach().flatten()
+        torch.testing.assert_close(found, torch.tensor(numbers, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
 def test_rules_scale_the_lr_and_switch_decay_off() -> None:
     module = nn.Linear(3, 2)
     rules = {"weight": ParameterRule(lr_scale=0.25), "bias": ParameterRule(decay=False)}

@@ -259,6 +259,18 @@ def test_a_student_learns_labels_and_teacher_with_the_heads_that_it_has(model, h
     torch.testing.assert_close(out["teacher_top1"], (said.argmax(1) == batch.label).float().mean())
 
 
+def test_a_distilled_student_begins_from_a_plain_vit_and_says_what_is_new(tmp_path):
+    encoder = save_teacher(tmp_path / "encoder", num_classes=0)
+    config = recipe(model={"name": DISTILLED, "init_from": str(encoder)})
+    alone = config.model_copy(update={"method": config.method.control()[0]})
+    for each in (config, alone):
+        objective = METHODS[each.method.name].build(each, 3, ("a", "b", "c"))
+        begun = load_encoder(encoder).state
+        assert torch.equal(objective.model.blocks[1].mlp.fc1.weight, begun["blocks.1.mlp.fc1.weight"])
+        assert f"{encoder} has no distillation token: the token and its head are new" in objective.notes[-1]
+        assert 0 < objective.model.head_dist.weight.abs().max() < 1e-3  # drawn as MAE draws a new head
+
+
 def test_a_distilled_student_is_scored_and_handed_on_by_the_mean_of_both_heads(tmp_path):
     objective = build(model={"name": DISTILLED}).eval()
     batch = batch_of(objective)

@@ -215,6 +215,22 @@ def test_an_encoder_is_begun_from_at_another_size_with_a_small_new_head(tmp_path
     assert build().model.head.weight.std().item() > 0.01
 
 
+def test_a_tiny_new_head_and_an_optimizer_whose_steps_follow_the_norm_are_told_of(tmp_path):
+    saved_encoder(tmp_path / "encoder")
+
+    def notes(name, begin=True, **method):
+        optim = {"name": name, "base_lr": 1e-3, "lr_scaling": "none", "warmup_steps": 0}
+        return build(model={"init_from": str(tmp_path / "encoder")} if begin else {}, method=method, optim=optim).notes
+
+    for name in ("lamb", "lambc", "lars"):
+        (note,) = notes(name)
+        assert f"optim.name {name} makes steps in proportion to a weight's norm" in note
+        assert "method.head_init_std 2e-05 hardly moves: set it to 0.02" in note
+    assert not notes("adamw")
+    assert not notes("lamb", head_init_std=0.02)
+    assert not notes("lamb", begin=False)
+
+
 def test_a_tuned_encoder_is_handed_on_with_its_head(tmp_path):
     objective = build(method=PLAIN)
     objective(batch_of(objective), None, PROGRESS)["loss"].backward()

@@ -104,3 +104,33 @@ def test_beits_own_tables_are_carried_over_and_resized(args):
 def test_tables_per_block_do_not_become_a_shared_one():
     with pytest.raises(BadInput, match=r"enc has no rel_pos_bias.relative_position_bias_table"):
         initialise(beit(args=SHARED), beit().state_dict(), img_size=(32, 32), source="enc")
+
+
+@pytest.mark.parametrize(("img_size", "resized"), [((32, 32), False), ((64, 40), True)])
+def test_a_plain_vit_begins_a_distilled_one_with_a_new_token_where_the_class_token_is(img_size, resized):
+    encoder = vit()
+    distilled = create_backbone("deit_tiny_distilled_patch16_224", img_size=img_size, num_classes=5, args=TINY)
+    new = {name: value.clone() for name, value in distilled.state_dict().items()}
+    done = initialise(distilled, encoder.state_dict(), img_size=(32, 32), source="enc")
+    assert set(done.fresh) == {"dist_token", "head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    assert done.unused == ()
+    assert "enc has no distillation token" in done.notes[0]
+    begun = distilled.state_dict()
+    assert all(torch.equal(begun[name], new[name]) for name in done.fresh)
+    carried = encoder.state_dict().items()
+    assert all(torch.equal(begun[name], value) for name, value in carried if name != "pos_embed")
+    own = encoder.pos_embed
+    assert torch.equal(begun["pos_embed"][:, :2], torch.cat([own[:, :1], own[:, :1]], dim=1))
+    patches = resize_pos_embed(own, (4, 4), (8, 5), 1) if resized else own
+    assert torch.equal(begun["pos_embed"][:, 2:], patches[:, 1:])
+
+
+def test_a_distilled_vit_begins_another_with_its_own_token_and_one_with_register_tokens_does_not_fit():
+    distilled, other = (
+        create_backbone("deit_tiny_distilled_patch16_224", img_size=(32, 32), num_classes=5, args=TINY) for _ in "ab"
+    )
+    done = initialise(other, distilled.state_dict(), img_size=(32, 32), source="enc")
+    assert done.fresh == done.unused == done.notes == ()
+    assert torch.equal(other.dist_token, distilled.dist_token)
+    with pytest.raises(BadInput, match=r"pos_embed is \[1, 19, 24\] in enc and \[1, 18, 24\] in the model"):
+        initialise(other, vit(args={"reg_tokens": 2}).state_dict(), img_size=(32, 32), source="enc")

@@ -179,6 +179,12 @@ def test_it_ends_in_the_students_encoder_folder(tmp_path):
     assert load_encoder(tmp_path / "encoder").architecture == "mobilenetv3_small_050"
 
 
+def test_a_distilled_vit_begins_from_a_plain_one_and_says_so(tmp_path):
+    encoder = save_teacher(tmp_path / "encoder", num_classes=0)
+    objective = build(model={"name": "deit_tiny_distilled_patch16_224", "init_from": str(encoder)})
+    assert "has no distillation token" in objective.notes[-1]
+
+
 def test_a_teacher_that_is_not_there_is_a_sentence():
     with pytest.raises(BadInput, match=r"method\.teacher nowhere: nowhere is no encoder folder"):
         build(method={"teacher": "nowhere"})
