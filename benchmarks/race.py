@@ -55,14 +55,21 @@ def race(candidates: Mapping[str, Step], rounds: int, device: torch.device) -> d
     return times
 
 
-def report(title: str, batch: int, times: Mapping[str, Sequence[float]], device: torch.device) -> None:
-    """Print the ratios to ours, of the same round each, and the fastest peer's."""
+def report(
+    title: str,
+    batch: int,
+    times: Mapping[str, Sequence[float]],
+    device: torch.device,
+    memory: Mapping[str, float] | None = None,
+) -> None:
+    """Print the ratios to ours, of the same round each, and the fastest peer's; and peak memory in MiB, where given."""
     rounds = len(times[OURS])
     print(f"{title} batch {batch}, {torch.get_num_threads()} threads, {device}, "
           f"allocator {os.environ.get('LD_PRELOAD', 'default')}, median of {rounds} rounds")  # fmt: skip
     ratios = {name: statistics.median(s / o for s, o in zip(times[name], times[OURS], strict=True)) for name in times}
     for name, seconds in times.items():
         rate = batch / statistics.median(seconds)
-        print(f"  {name:34} {rate:8.2f} img/s   foreseen is {ratios[name]:.2f} x as fast")
+        taken = "" if memory is None else f"   {memory[name]:7.0f} MiB, {memory[name] / memory[OURS]:.2f} x ours"
+        print(f"  {name:34} {rate:8.2f} img/s   foreseen is {ratios[name]:.2f} x as fast{taken}")
     best = min((name for name in times if name != OURS), key=lambda name: statistics.median(times[name]))
     print(f"  against the fastest peer ({best}): {ratios[best]:.2f} x")

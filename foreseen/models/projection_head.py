@@ -34,8 +34,8 @@ class Prototypes(nn.Module):
     def forward(self) -> Tensor:
         """What a bottleneck is multiplied by for its logits, [K, d], in float32 at least."""
         exact = self.weight_v.to(torch.promote_types(self.weight_v.dtype, torch.float32))
-        directions: Tensor = exact / exact.norm(dim=1, keepdim=True)
-        return directions * self.weight_g
+        # torch's own kernel of weight norm: in single operations 65,536 prototypes take five times as long.
+        return torch._weight_norm(exact, self.weight_g.to(exact.dtype), 0)
 
 
 class ProjectionHead(nn.Module):
