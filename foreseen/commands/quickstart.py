@@ -107,7 +107,7 @@ def _live(jobs: "Jobs", pretraining: "Config", plan: "Plan") -> str:
     from foreseen.commands import controls
     from foreseen.handoff.encoder import load_encoder
 
-    network = "ViT" if pretraining.model.name.startswith("vit") else "network"
+    network = "ViT" if (pretraining.model.name or "").startswith("vit") else "network"
     method, shots = pretraining.method.name, plan.pretrained.config.data.shots
     print(f"2. Pretrain a tiny {network} on them without labels ({method}). Beside it, the same learns from scratch")
     print(f"   on {shots} labels a breed, by four recipes, of which validation chooses one: the same as the pretrained")

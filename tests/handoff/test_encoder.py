@@ -54,8 +54,9 @@ def test_timm_gives_it_another_size_and_another_head(tmp_path):
     assert torch.equal(loaded.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
 
 
-def test_backbones_other_than_vits_are_handed_on_too(tmp_path):
-    model = create_backbone("test_resnet", img_size=(32, 32))
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.1])  # 0 and more give a ResNet other modules
+def test_backbones_other_than_vits_are_handed_on_too(tmp_path, drop_path_rate):
+    model = create_backbone("test_resnet", img_size=(32, 32), drop_path_rate=drop_path_rate)
     folder = saved(tmp_path, model)
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=3)
     assert loaded(torch.randn(2, 3, 32, 32)).shape == (2, 3)
