@@ -34,7 +34,8 @@ METHODS = ("dino", "ibot", "dinov2")
 MASKED = ("ibot", "dinov2")
 TINY = [
     "run.steps=500", "run.log_every=25", "views.size=32", "batch.global_size=16", "optim.warmup_steps=50",
-    "model.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",
+    "model.name=vit_tiny_patch16_224", "model.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",
+    "optim.base_lr=1e-3",
     "method.out_dim=128", "method.hidden_dim=64", "method.bottleneck_dim=32", "method.centering=centre",
     "method.crops.local_count=2", "method.crops.local_size=16",
 ]  # fmt: skip

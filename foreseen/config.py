@@ -481,8 +481,8 @@ def load(
     Args:
         verb: whose recipes are looked up, such as "pretrain".
         recipe: a name or the path of a YAML.
-        overrides: dotted `key=value`, values in YAML. Another `model.name` than the recipe's leaves its `model.args`
-            behind, which are those of its own model.
+        overrides: dotted `key=value`, values in YAML. A `model.name` of another family (another module of timm)
+            than the recipe's leaves its `model.args` behind.
         methods: options class of each method that the verb knows.
 
     Raises:
@@ -521,9 +521,19 @@ def read_recipe(verb: str, recipe: str, overrides: Sequence[str]) -> dict[str, A
 
 
 def _drop_other_models_args(recipe: Any, overrides: Any) -> None:
-    name = OmegaConf.select(overrides, "model.name")
-    if name is not None and OmegaConf.select(recipe, "model.args") and name != OmegaConf.select(recipe, "model.name"):
+    if not OmegaConf.select(recipe, "model.args"):
+        return
+    own, other = OmegaConf.select(recipe, "model.name"), OmegaConf.select(overrides, "model.name")
+    if own != other and None not in (families := (_family(own), _family(other))) and len(set(families)) == 2:
         recipe.model.args = {}
+
+
+def _family(name: Any) -> str | None:
+    """The module of timm that a model is from; None where timm has no such model."""
+    from timm.models import is_model, model_entrypoint, split_model_name_tag
+
+    plain = split_model_name_tag(name)[0] if isinstance(name, str) else ""
+    return str(model_entrypoint(plain).__module__) if is_model(plain) else None
 
 
 def read_yaml(file: Path) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from foreseen.commands.study_options import load_study
 from foreseen.commands.verbs import VERBS, Verb, load_recipe
-from tests.small_methods import small_method
+from tests.small_methods import patch_of, small_method
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -108,14 +108,13 @@ def shrunk(arguments: list[str], shards: Path, archives: Path) -> list[str]:
         return arguments
     verb, recipe, overrides, options = job
     config = load_recipe(verb, recipe, overrides)
-    named = re.search(r"patch(\d+)", config.model.name or "")
-    patch = int(config.model.args.get("patch_size", named[1] if named else 8))
+    patch = patch_of(config)
     smaller: dict[str, object] = {
         "run.steps": 2, "run.epochs": "null", "optim.warmup_steps": 1, "optim.warmup_epochs": "null",
         "batch.global_size": 4, "batch.micro_size": "null", "data.workers": 0, "compute.precision": "fp32",
-        "views.size": 4 * patch,
+        "views.size": 4 * (patch or 8),
     }  # fmt: skip
-    if config.model.name is None or named is not None:  # a ViT
+    if config.model.name is None or patch is not None:  # a ViT
         smaller["model.args"] = "{embed_dim: 48, depth: 2, num_heads: 3}"
     if config.data.path is None:
         smaller["data.path"] = shards

@@ -1,6 +1,7 @@
 """What makes a method's own networks as small as the two blocks that tests give its backbone."""
 
 import atexit
+import re
 import shutil
 import tempfile
 from functools import cache
@@ -39,6 +40,20 @@ def small_method(config: Config) -> dict[str, str]:
     if options.get("aggregate"):
         small["method.aggregate"] = "{from_block: 1, depth: 1}"
     return small
+
+
+def patch_of(config: Config) -> int | None:
+    """Pixels a side of the patches of a recipe's ViT; None for other networks, and where the recipe names none."""
+    name, args = config.model.name or "", config.model.args
+    if "_r_s16_p" in name:  # behind a stem of stride 4
+        return 4 * int(args["patch_size"])
+    named = re.search(r"patch(\d+)", name)
+    return int(args.get("patch_size", named[1])) if named else None
+
+
+def plain_vit(config: Config) -> dict[str, str]:
+    """Overrides for a recipe of another network, whose arguments are then those of a ViT."""
+    return {} if "patch" in (config.model.name or "patch") else {"model.name": "vit_tiny_patch16_224"}
 
 
 @cache

@@ -48,15 +48,17 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_another_model_comes_without_the_recipes_arguments() -> None:
+def test_a_model_of_another_family_comes_without_the_recipes_arguments() -> None:
     def args(*overrides: str) -> dict[str, object]:
         return load_recipe("pretrain", "mae_cpu_minutes", overrides).model.args
 
     own = args()
     assert own["patch_size"] == 8
-    assert args("model.name=vit_tiny_patch16_224", "model.args.depth=2") == own | {"depth": 2}
-    assert args("model.name=vit_small_patch16_224", "model.args.depth=2") == {"depth": 2}
-    assert args("model.name=vit_small_patch16_224") == {}
+    assert args("model.name=vit_small_patch16_224.augreg_in1k", "model.args.depth=2") == own | {"depth": 2}
+    assert args("model.name=resnet10t", "model.args.stem_width=8") == {"stem_width": 8}
+    assert args("model.name=resnet10t") == {}
+    assert args("model.name=null", "model.init_from=x") == own
+    assert args("model.name=vit_smal_patch16_224") == own  # timm has none, which is said later
 
 
 def test_an_option_of_another_method_is_named_as_such() -> None:

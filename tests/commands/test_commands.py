@@ -1,7 +1,6 @@
 """The commands as a user meets them: one process, real shards, small models."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 from foreseen import cli
 from foreseen.commands.verbs import Verb, load_recipe
 from foreseen.config import recipe_names
-from tests.small_methods import small_method
+from tests.small_methods import patch_of, small_method
 
 Recipe = Callable[..., list[str]]
 
@@ -34,11 +33,11 @@ def _small(recipe: Recipe, verb: Verb, name: str, **more: object) -> tuple[list[
     """
     config = load_recipe(verb, name)
     model = config.model
-    named = re.search(r"patch(\d+)", model.name or "")
-    patch = int(model.args.get("patch_size", named[1])) if named else 16
-    args = "{embed_dim: 48, depth: 2, num_heads: 3}" if named else "{layers: [1, 1, 1, 1], channels: [4, 8, 8, 12]}"
+    patch = patch_of(config)
+    args = "{embed_dim: 48, depth: 2, num_heads: 3}" if patch else "{layers: [1, 1, 1, 1], channels: [4, 8, 8, 12]}"
     if (model.name or "").startswith("mobilenet"):
         args = "null"  # small as it is
+    patch = patch or 16
     size = 4 * patch
     overrides = recipe(
         run__steps=2, run__epochs="null", optim__warmup_steps=1, optim__warmup_epochs="null", batch__global_size=8,

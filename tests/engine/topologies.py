@@ -21,7 +21,7 @@ from foreseen.config import Config, recipe_names
 from foreseen.data.loader import BatchBuilder
 from foreseen.data.shards import ShardSet
 from foreseen.pretrain.methods import METHODS
-from tests.small_methods import small_method
+from tests.small_methods import plain_vit, small_method
 
 if TYPE_CHECKING:
     from tests.engine.driver import History
@@ -86,7 +86,8 @@ def config_of(verb: Verb, method: str, shards: Path, folder: Path, topology: Top
         f"data.workers={topology.workers}", f"compute.precision={topology.precision}",
     ]  # fmt: skip
     overrides = [*_SMALL, *_HARDER[verb], *own]
-    overrides += [f"{key}={value}" for key, value in small_method(load_recipe(verb, recipes[0])).items()]
+    shipped = load_recipe(verb, recipes[0])
+    overrides += [f"{key}={value}" for key, value in (small_method(shipped) | plain_vit(shipped)).items()]
     overrides += _HARDER_METHOD.get(method, [])
     return load_recipe(verb, recipes[0], overrides)
 

@@ -72,6 +72,7 @@ def _build(method: str, centering: str) -> SelfDistillation:
     recipe = f"{method}_cpu_minutes"
     overrides = small_method(load_recipe("pretrain", recipe)) | {
         "views.size": "16", "method.crops": "{local_count: 1, local_size: 8}", "batch.global_size": str(PICTURES),
+        "model.name": "vit_tiny_patch16_224",
         "model.args": "{patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}", "method.centering": centering,
         "method.out_dim": "32",
     }  # fmt: skip
