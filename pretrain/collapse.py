@@ -100,7 +100,8 @@ class CollapseAlarm:
         self._said &= signs
         self._since = {sign: self._since.get(sign, max(before, self._grace_steps)) for sign in sorted(signs)}
         for sign in sorted(signs - self._said):
-            if step - self._since[sign] < _LASTING_STEPS[sign] or (sign in _MILDER and self._said):
+            graver = self._said - {"weak"} if sign == "same" else self._said
+            if step - self._since[sign] < _LASTING_STEPS[sign] or (sign in _MILDER and graver):
                 continue
             self._said.add(sign)
             sentence = self._sentence(step, sign, numbers)

@@ -6,7 +6,7 @@ K prototypes.
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -163,7 +163,9 @@ class Parts:
                 f"method.head_warmup_steps is {options.head_warmup_steps} and model.init_from null: a backbone that "
                 "begins from nothing has nothing to keep; set method.head_warmup_steps=0"
             )
-        return cls(encoder.model, large, tuple(small), Plan.of(config))
+        plan, begun = Plan.of(config), encoder.initialised
+        plan = replace(plan, notes=(*plan.notes, *(begun.notes if begun is not None else ())))
+        return cls(encoder.model, large, tuple(small), plan)
 
     @property
     def num_features(self) -> int:

@@ -212,7 +212,7 @@ def _check_groups(job: Job, layout: BatchLayout) -> None:
         + (
             f"micro sizes that fit batch.global_size {layout.global_size} are {', '.join(fitting[-6:])}"
             if fitting
-            else f"set batch.global_size to a multiple of {group * layout.ranks}"
+            else f"set batch.global_size to a multiple of {group * layout.ranks}, and batch.micro_size to null"
         )
         + (f"; or set {advice}" if advice else "")
     )

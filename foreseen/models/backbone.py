@@ -106,11 +106,16 @@ def architecture_of(model: nn.Module) -> tuple[str, dict[str, Any]]:
 def patch_size(model: nn.Module) -> tuple[int, int] | None:
     """The (height, width) of a model's patches in pixels, behind a convolutional stem, too; None without patches."""
     embedding: Any = getattr(model, "patch_embed", None)
-    if isinstance(embedding, HybridEmbed):
-        rows, columns = embedding.feat_ratio(as_scalar=False)  # type: ignore[misc]  # of pixels, not of the stem's map
+    if has_stem(model):
+        rows, columns = embedding.feat_ratio(as_scalar=False)  # of pixels, not of the stem's map
         return int(rows), int(columns)
     size = getattr(embedding, "patch_size", None)
     return None if size is None else ((size, size) if isinstance(size, int) else (int(size[0]), int(size[1])))
+
+
+def has_stem(model: nn.Module) -> bool:
+    """Whether a convolutional stem stands before a ViT's patches, as in timm's `vit_*_r*_s*`."""
+    return isinstance(getattr(model, "patch_embed", None), HybridEmbed)
 
 
 def patch_grid(model: nn.Module) -> tuple[int, int]:
@@ -173,7 +178,7 @@ def _refusal(name: str, class_name: str, key: str) -> str:
 
 def _check_patches(model: nn.Module, img_size: tuple[int, int]) -> None:
     patch = patch_size(model)
-    if patch is None or not isinstance(model, VisionTransformer | Beit):
+    if patch is None or has_stem(model) or not isinstance(model, VisionTransformer | Beit):
         return
     if any(side % step for side, step in zip(img_size, patch, strict=True)):
         floor = [max(step, side - side % step) for side, step in zip(img_size, patch, strict=True)]

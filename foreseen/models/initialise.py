@@ -10,7 +10,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from foreseen.errors import BadInput
-from foreseen.models.backbone import patch_grid
+from foreseen.models.backbone import has_stem, patch_grid, patch_size
 from foreseen.models.position import resize_pos_embed
 from foreseen.models.relative_position import resize_relative_position, table_rows
 
@@ -65,7 +65,7 @@ def initialise(
     given = dict(state)
     lacks_token = isinstance(model, VisionTransformerDistilled) and _DISTILLATION not in given and "cls_token" in given
     if lacks_token:
-        given = _with_place_for_distillation(given, img_size)
+        given = _with_place_for_distillation(model, given, img_size)
     if "pos_embed" in given and "pos_embed" in wanted:
         given["pos_embed"] = _positions(model, given, img_size)
     if isinstance(model, Beit):
@@ -98,13 +98,15 @@ def _positions(model: nn.Module, given: Mapping[str, Tensor], img_size: tuple[in
     if projection is None or table.ndim != 3:
         return table
     prefix = 0 if getattr(described, "no_embed_class", False) else int(described.num_prefix_tokens)
-    old_grid = _grid(projection, img_size)
+    old_grid = _grid(model, projection, img_size)
     if table.shape[1] != prefix + old_grid[0] * old_grid[1]:
         return table  # prefix tokens differ; the shapes will tell
     return resize_pos_embed(table, old_grid, patch_grid(model), prefix)
 
 
-def _with_place_for_distillation(given: Mapping[str, Tensor], img_size: tuple[int, int]) -> dict[str, Tensor]:
+def _with_place_for_distillation(
+    model: nn.Module, given: Mapping[str, Tensor], img_size: tuple[int, int]
+) -> dict[str, Tensor]:  # fmt: skip
     """The same weights, with the class token's position twice where a plain ViT's table has it once.
 
     Both tokens stand for the whole image, so the new one, which is drawn anew, begins at the same place. DeiT itself
@@ -113,7 +115,7 @@ def _with_place_for_distillation(given: Mapping[str, Tensor], img_size: tuple[in
     table, projection = given.get("pos_embed"), given.get("patch_embed.proj.weight")
     if table is None or projection is None or table.ndim != 3:
         return dict(given)
-    rows, columns = _grid(projection, img_size)
+    rows, columns = _grid(model, projection, img_size)
     if table.shape[1] != 1 + rows * columns:
         return dict(given)  # the shapes will tell
     return dict(given) | {"pos_embed": torch.cat((table[:, :1], table), dim=1)}
@@ -128,7 +130,7 @@ def _with_relative_positions(model: Beit, given: Mapping[str, Tensor], img_size:
     projection = given.get("patch_embed.proj.weight")
     if projection is None:
         return given
-    old_grid, new_grid = _grid(projection, img_size), patch_grid(model)
+    old_grid, new_grid = _grid(model, projection, img_size), patch_grid(model)
     return {
         name: resize_relative_position(value, old_grid, new_grid)
         if name.endswith(_TABLE) and len(value) == table_rows(old_grid)
@@ -137,8 +139,11 @@ def _with_relative_positions(model: Beit, given: Mapping[str, Tensor], img_size:
     }
 
 
-def _grid(projection: Tensor, img_size: tuple[int, int]) -> tuple[int, int]:
-    return img_size[0] // projection.shape[-2], img_size[1] // projection.shape[-1]
+def _grid(model: nn.Module, projection: Tensor, img_size: tuple[int, int]) -> tuple[int, int]:
+    """Patches of an image, by the weights given; behind a convolutional stem their kernel lies on the stem's map."""
+    behind_stem = patch_size(model) if has_stem(model) else None
+    rows, columns = behind_stem or (projection.shape[-2], projection.shape[-1])
+    return img_size[0] // rows, img_size[1] // columns
 
 
 def _misfit(names: list[str], wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> str:

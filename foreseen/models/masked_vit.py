@@ -54,8 +54,7 @@ def check_plain_vit(model: nn.Module, name: str, *, stem: bool = False) -> Visio
     if not isinstance(model, VisionTransformer) or not plain or model.pos_embed is None or pooled:
         raise BadInput(
             f"model.name {name} is no plain ViT with a position table and without attention pooling, whose patches can "
-            "be left out; "
-            "take one of timm's vit_*, deit_* or deit3_* models"
+            "be left out; take one of timm's vit_*, deit_* or deit3_* models without a convolutional stem"
         )
     return model
 

@@ -101,6 +101,17 @@ def test_beits_own_tables_are_carried_over_and_resized(args):
             assert torch.equal(value, resize_relative_position(encoder.state_dict()[name], (4, 4), (6, 6)))
 
 
+def test_positions_behind_a_convolutional_stem_are_resized_too():
+    def stem(img_size):
+        args = {"patch_size": 2, "embed_dim": 24, "depth": 2, "num_heads": 3}
+        return create_backbone("vit_tiny_r_s16_p8_224", img_size=img_size, args=args)
+
+    encoder, larger = stem((32, 32)), stem((48, 64))
+    done = initialise(larger, encoder.state_dict(), img_size=(32, 32), source="enc")
+    assert done.fresh == done.unused == ()
+    assert torch.equal(larger.pos_embed, resize_pos_embed(encoder.pos_embed, (4, 4), (6, 8), 1))
+
+
 def test_tables_per_block_do_not_become_a_shared_one():
     with pytest.raises(BadInput, match=r"enc has no rel_pos_bias.relative_position_bias_table"):
         initialise(beit(args=SHARED), beit().state_dict(), img_size=(32, 32), source="enc")

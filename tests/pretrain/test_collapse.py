@@ -110,6 +110,16 @@ def test_a_collapse_is_one_sentence_though_its_targets_are_weak_as_well(sign: st
     assert f"COLLAPSE ({sign})" in sentence
 
 
+def test_targets_that_become_the_same_are_told_though_weak_ones_were() -> None:
+    alarm = _alarm(stop=True)
+    for step in range(50, 3001, 50):
+        alarm.look(step, HEALTHY | WEAK)
+    for step in range(3050, 3300, 50):
+        assert alarm.look(step, HEALTHY | WEAK | {"health/target_information": 0.01}) is None
+    with pytest.raises(BadInput, match=r"COLLAPSE \(same\)"):
+        alarm.look(3300, HEALTHY | WEAK | {"health/target_information": 0.01})
+
+
 def test_nothing_is_told_in_the_warm_up() -> None:
     uniform = HEALTHY | COLLAPSED["uniform"]
     assert _first_told(_alarm(grace_steps=700), uniform, 20) == 800

@@ -306,6 +306,28 @@ def test_a_swins_hidden_places_cannot_be_seen_and_without_a_mask_it_is_timms(nam
     torch.testing.assert_close(pooled, tokens.mean(1))
 
 
+STEM = {"patch_size": 2, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize("more", [{}, {"class_token": False}])
+@pytest.mark.parametrize("side", [32, 16])
+def test_a_convolutional_stem_hides_tokens_and_without_a_mask_it_is_timms(more: dict[str, bool], side: int) -> None:
+    network = _small(model__name="vit_tiny_r_s16_p8_224", model__args=STEM | more).student.eval()
+    images = torch.randn(2, 3, side, side)
+    every = network.encode(images, patches="all")
+    if side == 32:  # timm interpolates positions otherwise
+        torch.testing.assert_close(every.pooled, network.backbone(images))
+    count = (side // 8) ** 2
+    assert every.patches is not None
+    assert every.patches.shape == (2, count, 24)
+    places = torch.tensor([[0, count - 1], [1, 2]])
+    some = network.encode(images, patches=places)
+    torch.testing.assert_close(some.patches, every.patches[torch.arange(2)[:, None], places])
+    hidden = torch.ones(2, count, dtype=torch.bool)
+    one, other = (network.encode(each, mask=hidden).pooled for each in (images, images + 1.0))
+    assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("centering", ["centre", "sinkhorn"])
 def test_accumulation_keeps_no_teachers_tokens(centering: str) -> None:
     objective = _small(method__centering=centering)
