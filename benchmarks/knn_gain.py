@@ -19,7 +19,7 @@ import torch
 from procedural_shortcuts import draw, few
 from torch import Tensor
 
-from foreseen.data.procedural import BREEDS, write_procedural_pets
+from foreseen.data.procedural import BREEDS, FIRST_TEST_NUMBER, write_procedural_pets
 from foreseen.engine.knn import knn
 from foreseen.engine.labelled import Labelled
 from foreseen.handoff.frozen import frozen_encoder
@@ -50,6 +50,14 @@ def features(model: torch.nn.Module, images: Tensor, mean: tuple[float, ...], st
     return torch.cat([pooled_features(model, (some - shift) / scale, pooling) for some in images.split(250)])
 
 
+@torch.no_grad()
+def see(model: torch.nn.Module, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Let random weights see the training pictures once, for the statistics of batch norms."""
+    shift, scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+    for some in images.split(250):
+        model.train()((some - shift) / scale)
+
+
 def scores(found: Tensor, labels: Tensor, cut: int, seed: int) -> tuple[float, float]:
     """Percent named right with few labels, and with all."""
     judged = Labelled(found[cut:], labels[cut:])
@@ -78,9 +86,8 @@ def main() -> None:
     shards = options.runs / "shards"
     if not (shards / "manifest.json").is_file():
         write_procedural_pets(shards, train=options.train, test=options.test, size=options.size)
-    pictures, breeds = zip(
-        *(draw(number, 0, options.size) for number in range(options.train + options.test)), strict=True
-    )
+    numbers = [*range(options.train), *range(FIRST_TEST_NUMBER, FIRST_TEST_NUMBER + options.test)]
+    pictures, breeds = zip(*(draw(number, 0, options.size) for number in numbers), strict=True)
     labels, cut = torch.tensor(breeds), options.train
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     pixels = images.flatten(1)
@@ -93,6 +100,7 @@ def main() -> None:
         wants = frozen.preprocessing
         torch.manual_seed(seed)
         drawn = timm.create_model(f"local-dir:{folder / 'encoder'}", pretrained=False, num_classes=0)
+        see(drawn, images[:cut], wants.mean, wants.std)
         for name, model in (("pretrained", frozen.model), ("random weights", drawn)):
             rows[name].append(scores(features(model, images, wants.mean, wants.std), labels, cut, seed))
         rows["pixels"].append(scores(pixels, labels, cut, seed))
