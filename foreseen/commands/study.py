@@ -1,8 +1,10 @@
 """`foreseen study`: with my few labelled pictures, what should I train? One table, one plot, and sentences."""
 
+import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -138,7 +140,8 @@ class Runner:
         submitted: dict[Future[None], tuple[Key, Config]] = {}
         pending = []
         for key, config in runs:
-            if is_finished(config):
+            if is_finished(config) and (config.run.dir / "encoder" / "model.safetensors").is_file():
+                check_sources(config)
                 self._count(key)
             else:
                 pending.append((key, config))
@@ -171,6 +174,28 @@ class Runner:
             self._pretrain(pretrained.features_of)
         say(f"pretraining {model} by {config.method.name}, without labels, in {config.run.dir}")
         list(self._jobs.wait([self._jobs.submit("pretrain", config)]))
+
+
+def check_sources(config: "Config") -> None:
+    """Refuse a finished run that began from, or learned from, other weights than its sources hold now.
+
+    Raises:
+        BadInput: it did.
+    """
+    from foreseen.errors import BadInput
+    from foreseen.handoff.encoder import PUBLIC, load_encoder
+
+    lineage = json.loads((config.run.dir / "encoder" / "lineage.json").read_text(encoding="utf-8"))
+    sources = ("parents", config.model.init_from), ("teachers", getattr(config.method, "teacher", None))
+    for kind, source in sources:
+        if source is None or str(source).startswith(PUBLIC) or not (Path(source) / "model.safetensors").is_file():
+            continue
+        now = load_encoder(source).weights
+        if any(before["weights_sha256"] != now for before in lineage.get(kind) or []):
+            raise BadInput(
+                f"{config.run.dir} is finished, but with other weights than {source} holds now; take another run.dir, "
+                "or delete that folder to make it anew"
+            )
 
 
 def _minutes(seconds: float) -> str:

@@ -56,11 +56,21 @@ def find(cells: list[Record]) -> Record:
         differences[comparison.name] = asdict(difference)
         sentences.append(comparison.sentence.replace("{}", describe_difference(difference)))
     top = max(cells, key=lambda cell: cell["mean"])
-    if top is not best:
+    if top["mean"] > best["mean"]:
+        apart = describe_difference(paired_difference(top["test"], best["test"]))
         sentences.append(
-            f"On test {title(top)} came out higher, at {top['mean']:.1f} %; validation did not foresee it."
+            f"On test {title(top)} came out highest, at {top['mean']:.1f} % ({apart}); the highest of {len(cells)} is "
+            "partly luck."
         )
+    if (chance := best.get("chance")) is not None and _low_end(best) <= chance:
+        sentences.append(f"The best cell cannot be told from guessing ({chance:.1f} %): nothing here is to be taken.")
     return {"best": name_of(best), "sentences": sentences, "differences": differences}
+
+
+def _low_end(cell: Record) -> float:
+    """Of the 95 % interval of a cell's accuracy over its seeds, or the accuracy where one seed allows none."""
+    interval = paired_difference(cell["test"], [0.0] * len(cell["test"]))
+    return cell["mean"] if interval.low is None else interval.low
 
 
 def describe_difference(difference: PairedDifference) -> str:
@@ -70,6 +80,8 @@ def describe_difference(difference: PairedDifference) -> str:
         return f"{gain}, on one seed, so without an interval"
     few = "; two seeds allow no useful interval" if len(difference.each) == 2 else ""
     interval = f"{gain}, 95 % interval {difference.low:+.1f} to {difference.high:+.1f}{few}"
+    if few:
+        return interval
     if difference.low > 0:
         return f"better by {interval}"
     if difference.high < 0:

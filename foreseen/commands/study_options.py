@@ -1,5 +1,6 @@
 """What a study varies: the section `study` of its recipe, whose other sections are those of `foreseen finetune`."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, Self, get_args
@@ -126,7 +127,8 @@ class Study(Section):
         for name in self.labels:
             if name != "all" and not re.fullmatch(r"k[1-9][0-9]{0,8}", name):
                 raise ValueError(f"study.labels has {name!r}: it must be k and a number of labels a class, or all")
-        if min(self.rates) <= 0 or len(set(self.rates)) < len(self.rates):
+        told = {f"{rate:.3g}" for rate in self.rates}  # as in the names of run folders
+        if not all(0 < rate < math.inf for rate in self.rates) or len(told) < len(self.rates):
             raise ValueError(f"study.rates must be different factors above 0, got {list(self.rates)}")
         for rule in self.leave_out:
             for axis, name in zip(_AXES, (rule.labels, rule.model, rule.start, rule.augmentation), strict=True):

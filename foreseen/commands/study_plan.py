@@ -7,7 +7,6 @@ does not have.
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -113,6 +112,10 @@ class Plan:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     samples: dict[str, int] = field(default_factory=dict)
     pretraining: dict[str, Config] = field(default_factory=dict)
+
+    def held_out(self, labels: str) -> float:
+        """The share of each class that validation has at a level."""
+        return self._config(Key(labels, *_first(self)), None).data.validation_fraction
 
     def leave_out(self, what: str, why: str) -> None:
         """Note what cannot be made, once."""
@@ -303,7 +306,7 @@ def _trouble_with_weights(
     """Why a cell cannot begin from a model's pretrained weights; None if it can."""
     if weights is None or isinstance(weights, str):
         return weights
-    reason = leak_of(weights.lineage, shards, shots_of(key.labels), plan.seeds(key.labels))
+    reason = leak_of(weights.lineage, shards, shots_of(key.labels), plan.seeds(key.labels), plan.held_out(key.labels))
     return None if reason is None else f"{weights.source}, with {in_words(key.labels)}: {reason}"
 
 
@@ -337,7 +340,7 @@ def _trouble_with_teacher(plan: Plan, labels: str, shards: "ShardSet") -> str | 
         return None if plan.level(labels, taught=False) else "no cell is made that could be the teacher"
     if (key := teacher_key(plan, labels)) is not None:
         return None if key in plan.keys else f"the cell of study.teacher {named} is not made"
-    return _trouble_with_folder(named, labels, shards, plan.seeds(labels))
+    return _trouble_with_folder(named, labels, shards, plan)
 
 
 def teacher_key(plan: Plan, labels: str) -> Key | None:
@@ -357,7 +360,7 @@ def teacher_key(plan: Plan, labels: str) -> Key | None:
     return Key(labels, *parts)
 
 
-def _trouble_with_folder(folder: str, labels: str, shards: "ShardSet", seeds: Sequence[int]) -> str | None:
+def _trouble_with_folder(folder: str, labels: str, shards: "ShardSet", plan: Plan) -> str | None:
     """Why a teacher from elsewhere is none; None if it is one."""
     from foreseen.handoff.encoder import load_encoder
 
@@ -368,5 +371,5 @@ def _trouble_with_folder(folder: str, labels: str, shards: "ShardSet", seeds: Se
             f"study.teacher {folder} is neither best, nor MODEL/START/AUGMENTATION of the study, nor an encoder "
             f"folder: {error}"
         ) from None
-    reason = leak_of(lineage, shards, shots_of(labels), seeds)
+    reason = leak_of(lineage, shards, shots_of(labels), plan.seeds(labels), plan.held_out(labels))
     return None if reason is None else f"study.teacher {folder}: {reason}; study.teacher=best makes one for each seed"

@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 
 from foreseen import cli
 from foreseen.commands.jobs import Jobs
-from foreseen.commands.study import run_study
+from foreseen.commands.study import check_sources, run_study
 from foreseen.commands.study_findings import find
 from foreseen.commands.study_options import load_study
 from foreseen.commands.study_plan import Key, Plan, make_plan
 from foreseen.config import RECIPES, recipe_names
 from foreseen.data.shards import ShardSet
 from foreseen.errors import BadInput
+from foreseen.handoff.encoder import load_encoder
 from tests.tiny_teacher import CLASSES, save_teacher
 
 VIT = "{name: vit_tiny_patch16_224, args: {patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3}}"
@@ -123,22 +124,25 @@ def test_weights_that_know_other_labels_of_the_set_are_a_leak(
     folder = save_teacher(tmp_path / "weights", class_names=CLASSES)
     start = "hard" if key == "study.teacher" else "pretrained"
 
-    def cells(shots: int | None, *, seeds: int, child: bool = False) -> tuple[int, str]:
+    def cells(shots: int | None, *, seeds: int, child: str = "", held_out: float = 0.1) -> tuple[int, str]:
         """How many begin or learn from the folder, where it was trained on so many labels a class; what is left out."""
         data = {"fingerprint": ShardSet.open(small_shards, "train").fingerprint}
         lineage: dict[str, Any] = {
             "method": "supervised", "data": data, "result": {"training_samples": 33},
-            "config": {"data": {"shots": shots, "subset_seed": 0}},
+            "config": {"data": {"shots": shots, "subset_seed": 0, "validation_fraction": held_out}},
         }  # fmt: skip
         if child:
-            lineage = {"method": "mae", "data": data, "parents": [{"lineage": lineage}]}
+            lineage = {"method": "mae", "data": data, child: [{"lineage": lineage}]}
         (folder / "lineage.json").write_text(json.dumps(lineage), encoding="utf-8")
         found = plan(f"{key}={folder}", f"study.seeds={seeds}")
         return sum(cell.start == start for cell in found.keys), "\n".join(why for _, why in found.left_out)
 
     assert cells(2, seeds=1)[0] > 0, "the very labels of the cells"
-    for shots, seeds, child in ((None, 1, False), (2, 2, False), (None, 1, True)):
-        made, said = cells(shots, seeds=seeds, child=child)
+    others: list[tuple[int | None, int, str, float]] = [
+        (None, 1, "", 0.1), (2, 2, "", 0.1), (2, 1, "", 0.2), (None, 1, "parents", 0.1), (None, 1, "teachers", 0.1),
+    ]  # fmt: skip
+    for shots, seeds, child, held_out in others:
+        made, said = cells(shots, seeds=seeds, child=child, held_out=held_out)
         assert made == 0
         assert "learned from labels of this very set (33), others than each seed has here: a leak" in said
 
@@ -207,7 +211,7 @@ def _cell(name: str, test: list[float], validation: float, *, family: str = "ViT
     return {
         "labels": "k5", "model": model, "start": start, "augmentation": augmentation, "family": family, "test": test,
         "validation": [validation] * len(test), "mean": sum(test) / len(test), "sd": 1.0, "seeds": range(len(test)),
-        "training_labels": 185, "validation_labels": 369, "taught_by": "vit, scratch, plain",
+        "chance": 100 / 37, "training_labels": 185, "validation_labels": 369, "taught_by": "vit, scratch, plain",
     }  # fmt: skip
 
 
@@ -232,7 +236,35 @@ def test_validation_chooses_and_the_folklore_is_judged_over_seeds() -> None:
     assert "Pretraining of vit, each side at its best augmentation: better by +10.0 points" in said
     assert "Against the best of another start, vit, scratch, plain: better" in said
     assert "Augmentation, deit against plain (of cnn): no difference that can be told, +18.3 points" in said
-    assert "On test cnn, scratch, deit came out higher, at 26.0 %; validation did not foresee it" in said
+    assert "On test cnn, scratch, deit came out highest, at 26.0 % (no difference that can be told" in said
+    assert "the highest of 6 is partly luck" in said
+    assert "guessing" not in said
+
+
+def test_a_best_cell_that_may_be_guessing_and_a_tie_are_no_advice() -> None:
+    cells = [_cell("vit/scratch/plain", [2, 3, 4], 3), _cell("cnn/scratch/plain", [3, 3, 3], 2, family="CNN")]
+    said = "\n".join(find(cells)["sentences"])
+    assert "The best cell cannot be told from guessing (2.7 %): nothing here is to be taken." in said
+    assert "highest" not in said
+
+
+@pytest.mark.parametrize(
+    ("key", "start"), [("study.teacher", "hard"), ("study.models.vit.pretrained.init_from", "pretrained")]
+)
+def test_a_finished_run_of_other_weights_than_its_source_holds_now_is_refused(
+    plan: Planner, tmp_path: Path, key: str, start: str
+) -> None:
+    folder = save_teacher(tmp_path / "weights", class_names=CLASSES)
+    made = plan(f"{key}={folder}")
+    (config, *_) = made.cell(next(each for each in made.keys if each.start == start)).tuning()
+    lineage = config.run.dir / "encoder" / "lineage.json"
+    lineage.parent.mkdir(parents=True)
+    kind = "teachers" if start == "hard" else "parents"
+    lineage.write_text(json.dumps({kind: [{"weights_sha256": load_encoder(folder).weights}]}), encoding="utf-8")
+    check_sources(config)
+    lineage.write_text(json.dumps({kind: [{"weights_sha256": "of another time"}]}), encoding="utf-8")
+    with pytest.raises(BadInput, match="seed-0 is finished, but with other weights than .*weights holds now"):
+        check_sources(config)
 
 
 @pytest.mark.parametrize("name", recipe_names("study"))
