@@ -17,6 +17,10 @@ _AXES = ("labels", "models", "starts", "augmentations")
 _PARTS = ("labels", "model", "start", "augmentation")  # of a cell, in the same order
 
 
+# Keys of `data` that leave all cells of a seed the same labels, validation and test pictures.
+_OF_READING = frozenset({"balance", "repeats", "workers", "fast_decode", "max_bad_fraction", "max_pixels", "max_bytes"})
+
+
 class Changes(Section):
     """Keys of a fine-tuning recipe that are other for a part of the cells, section by section."""
 
@@ -124,6 +128,14 @@ class Study(Section):
             for name in names:
                 if not re.fullmatch(r"[A-Za-z0-9_.]+", name) or name.startswith("."):
                     raise ValueError(f"study.{axis} has {name!r}: a name is letters, digits, _ and . only")
+            for name, changes in names.items():
+                for key in sorted(changes.data.keys() - _OF_READING):
+                    raise ValueError(
+                        f"study.{axis}.{name}.data.{key} would give cells of one seed other pictures or labels; set "
+                        f"data.{key} for all cells"
+                    )
+                if "dir" in changes.run:
+                    raise ValueError(f"study.{axis}.{name}.run.dir: cells have folders below run.dir of the study")
         for name in self.labels:
             if name != "all" and not re.fullmatch(r"k[1-9][0-9]{0,8}", name):
                 raise ValueError(f"study.labels has {name!r}: it must be k and a number of labels a class, or all")

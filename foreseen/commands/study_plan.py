@@ -7,6 +7,7 @@ does not have.
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,8 @@ from foreseen.errors import BadInput
 if TYPE_CHECKING:
     from foreseen.data.shards import ShardSet
     from foreseen.handoff.encoder import EncoderFolder
+
+    Weights = tuple[EncoderFolder, ...] | str  # networks from elsewhere that a model's weights are made of; or why none
 
 _OF_LABELS = ("shots", "subset_seed", "balance", "repeats")  # keys of `data` that pretraining has no use for
 
@@ -213,7 +216,9 @@ def make_plan(raw: dict[str, Any], study: Study) -> Plan:
     _count_labels(plan, shards)
     for model in study.models:
         _try_to_build(plan._config(Key(next(iter(study.labels)), model, *_first(plan)[1:]), None), shards.num_classes)
-    weights = {model: _weights(plan, model) for model in study.models if "pretrained" in study.starts}
+    weights: dict[str, Weights] = {}
+    for model in study.models if "pretrained" in study.starts else ():
+        weights[model] = _weights(plan, model, weights)
     for labels in plan.samples:
         cells = [
             Key(labels, model, start, augmentation)
@@ -279,16 +284,32 @@ def _first(plan: Plan) -> tuple[str, str, str]:
     return next(iter(plan.study.models)), "scratch", next(iter(plan.study.augmentations))
 
 
-def _weights(plan: Plan, model: str) -> "EncoderFolder | str | None":
-    """A model's pretrained weights from elsewhere; why there are none; None where a run is planned that makes them."""
+def _weights(plan: Plan, model: str, before: "Mapping[str, Weights]") -> "Weights":
+    """What a model's pretrained weights are, or are made from, as far as it is from elsewhere; or why there are none.
+
+    Args:
+        plan: where a run that makes them is noted.
+        model: of the study.
+        before: those of models that stand before it.
+    """
     from foreseen.handoff.encoder import load_encoder
 
     study, pretrained = plan.study, plan.study.models[model].pretrained
     if pretrained is None:
         return f"no pretrained weights are named for it in study.models.{model}.pretrained"
     if pretrained.recipe is not None:
-        plan.pretraining[model] = _pretraining(plan, model, pretrained)
-        return None
+        config = plan.pretraining[model] = _pretraining(plan, model, pretrained)
+        sources = [config.model.init_from, getattr(config.method, "teacher", None)]
+        taught_by: tuple[EncoderFolder, ...] = ()
+        if pretrained.features_of is not None:
+            other = before[pretrained.features_of]
+            if isinstance(other, str):
+                return f"{pretrained.features_of}, whose features it learns, has no weights: {other}"
+            taught_by, sources = other, sources[:1]
+        try:
+            return (*taught_by, *(load_encoder(source) for source in sources if source is not None))
+        except BadInput as error:
+            return str(error)
     assert pretrained.init_from is not None
     try:
         found = load_encoder(pretrained.init_from)
@@ -297,17 +318,18 @@ def _weights(plan: Plan, model: str) -> "EncoderFolder | str | None":
     name = plan._config(Key(next(iter(study.labels)), model, *_first(plan)[1:]), None).model.name
     if name is not None and found.architecture != name.partition(".")[0]:
         return f"{pretrained.init_from} is a {found.architecture}, and the model a {name}"
-    return found
+    return (found,)
 
 
-def _trouble_with_weights(
-    plan: Plan, key: Key, weights: "EncoderFolder | str | None", shards: "ShardSet"
-) -> str | None:  # fmt: skip
+def _trouble_with_weights(plan: Plan, key: Key, weights: "Weights", shards: "ShardSet") -> str | None:
     """Why a cell cannot begin from a model's pretrained weights; None if it can."""
-    if weights is None or isinstance(weights, str):
+    if isinstance(weights, str):
         return weights
-    reason = leak_of(weights.lineage, shards, shots_of(key.labels), plan.seeds(key.labels), plan.held_out(key.labels))
-    return None if reason is None else f"{weights.source}, with {in_words(key.labels)}: {reason}"
+    seeds, held_out = plan.seeds(key.labels), plan.held_out(key.labels)
+    for each in weights:
+        if reason := leak_of(each.lineage, shards, shots_of(key.labels), seeds, held_out):
+            return f"{each.source}, with {in_words(key.labels)}: {reason}"
+    return None
 
 
 def _pretraining(plan: Plan, model: str, pretrained: Pretrained) -> Config:
@@ -362,14 +384,16 @@ def teacher_key(plan: Plan, labels: str) -> Key | None:
 
 def _trouble_with_folder(folder: str, labels: str, shards: "ShardSet", plan: Plan) -> str | None:
     """Why a teacher from elsewhere is none; None if it is one."""
+    from foreseen.finetune.distill import load_teacher
     from foreseen.handoff.encoder import load_encoder
 
     try:
         lineage = load_encoder(folder).lineage
+        load_teacher(folder, shards.num_classes, shards.classes)
     except BadInput as error:
         raise BadInput(
             f"study.teacher {folder} is neither best, nor MODEL/START/AUGMENTATION of the study, nor an encoder "
-            f"folder: {error}"
+            f"folder that tells the classes apart: {error}"
         ) from None
     reason = leak_of(lineage, shards, shots_of(labels), plan.seeds(labels), plan.held_out(labels))
     return None if reason is None else f"study.teacher {folder}: {reason}; study.teacher=best makes one for each seed"

@@ -63,6 +63,7 @@ def _record(cell: "Cell") -> Record:
         "family": cell.family,
         "taught_by": cell.taught_by,
         "folder": str(fit.config.run.dir),
+        "run_steps": made["run"]["steps"],
         "passes": made["run"]["steps"] * made["batch"]["global_size"] / result["training_samples"],
         "chance": 100 / read_json(encoder / "config.json")["num_classes"],
         "training_labels": result["training_samples"],
@@ -131,7 +132,7 @@ def _csv(cells: list[Record]) -> str:
     writer = csv.writer(out)
     writer.writerow([*_COLUMNS, "seeds", "validation", "test", "test_sd", "test_each", "folder"])
     for cell in cells:
-        row = {**cell, "steps": cell["steps"][0], "taught_by": cell["taught_by"] or ""}
+        row = {**cell, "steps": cell["run_steps"], "taught_by": cell["taught_by"] or ""}
         spread = "" if cell["sd"] is None else f"{cell['sd']:.2f}"
         each = " ".join(f"{score:.2f}" for score in cell["test"])
         writer.writerow(

@@ -147,6 +147,20 @@ def test_weights_that_know_other_labels_of_the_set_are_a_leak(
         assert "learned from labels of this very set (33), others than each seed has here: a leak" in said
 
 
+def test_weights_that_a_recipe_makes_of_a_leaking_encoder_leak_as_well(
+    plan: Planner, small_shards: Path, tmp_path: Path
+) -> None:
+    folder = save_teacher(tmp_path / "weights", class_names=CLASSES)
+    data = {"fingerprint": ShardSet.open(small_shards, "train").fingerprint}
+    lineage = {"method": "supervised", "data": data, "config": {"data": {"shots": None}}}
+    (folder / "lineage.json").write_text(json.dumps(lineage), encoding="utf-8")
+    vit = f"study.models.vit.pretrained={{recipe: mae_cpu_minutes, model: {{init_from: {folder}}}}}"
+    resnet = "study.models.resnet.pretrained={recipe: feature_distill_cpu_minutes, features_of: vit}"
+    found = plan(vit, resnet)
+    assert not [key for key in found.keys if key.start == "pretrained"]
+    assert {what for what, why in found.left_out if "a leak" in why} == {"vit, pretrained", "resnet, pretrained"}
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -157,7 +171,13 @@ def test_weights_that_know_other_labels_of_the_set_are_a_leak(
         ("study.starts.scratch=null", "no scratch"),
         ("study.starts.frozen={}", r"study\.starts\.frozen"),
         ("study.leave_out=[{model: vitt}]", "'vitt', which is not among study.models"),
-        ("study.rates=[1.0, 1.0]", "different factors above 0"),
+        ("study.rates=[1.0, 1.0001]", "different factors above 0"),
+        ("study.rates=[.nan]", "different factors above 0"),
+        (
+            "study.augmentations.deit.data.test_split=train",
+            r"deit\.data\.test_split would give cells of one seed other",
+        ),
+        ("study.labels.k2.run.dir=here", r"study\.labels\.k2\.run\.dir: cells have folders below"),
         ("study.teacher=vit/hard/plain", "no cell MODEL/START/AUGMENTATION"),
         ("study.teacher=nowhere", "neither best, nor MODEL/START/AUGMENTATION of the study, nor an encoder folder"),
         ("study.models.vit.pretrained={}", "give one of them"),
