@@ -145,11 +145,13 @@ class Runner:
                 self._count(key)
             else:
                 pending.append((key, config))
-        for model in {key.model: None for key, _ in pending if key.start == "pretrained"}:
-            self._pretrain(model)
-        for key, config in pending:
-            submitted[self._jobs.submit("finetune", config)] = (key, config)
         began = time.monotonic()
+        for pretrained in (False, True):  # the others run beside pretraining
+            mine = [(key, config) for key, config in pending if (key.start == "pretrained") is pretrained]
+            for model in dict.fromkeys(key.model for key, _ in mine) if pretrained else ():
+                self._pretrain(model)
+            for key, config in mine:
+                submitted[self._jobs.submit("finetune", config)] = (key, config)
         for future in self._jobs.wait(list(submitted)):
             key, config = submitted[future]
             self._count(key)
