@@ -1,7 +1,8 @@
 """The last block of a transformer, for some of its tokens: nothing looks at the others behind it.
 
 They are only attended to. Computing them as well would be a fiftieth of MAE's arithmetic, a thirtieth of BEiT's, and a
-twelfth of DINO's with a ViT of twelve blocks, where the class token alone is pooled.
+twelfth of DINO's with a ViT of twelve blocks, where the class token alone is pooled. The block's own forward is not
+called, so it is neither compiled nor recomputed where the others are.
 
 Letters: B images, N tokens, T of them wanted, D `embed_dim`, h heads of width d.
 """
