@@ -32,7 +32,8 @@ def _run(tmp_path: Path, small_shards: Path, learnt: Path, method: str, *overrid
     config = load_recipe("pretrain", f"{method}_cpu_minutes", [
         f"run.dir={folder}", f"data.path={small_shards}", "data.workers=0", "run.steps=4", "run.log_every=1",
         "model.name=null", "model.args=null", f"model.init_from={learnt}", "views.size=48", "batch.global_size=8",
-        "optim.warmup_steps=0", "optim.layer_decay=0.5", "method.teacher_momentum=0.0", *small, *overrides,
+        "optim.warmup_steps=0", "optim.layer_decay=0.5", "method.teacher_momentum=0.0", "method.centering=centre",
+        *small, *overrides,
     ])  # fmt: skip
     pretrain.run(config)
     return folder
