@@ -35,7 +35,8 @@ MASKED = ("ibot", "dinov2")
 TINY = [
     "run.steps=500", "run.log_every=25", "views.size=32", "batch.global_size=16", "optim.warmup_steps=50",
     "model.name=vit_tiny_patch16_224", "model.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",
-    "optim.base_lr=1e-3",
+    "optim.base_lr=1e-3", "optim.weight_decay_end=0.1", "optim.min_lr=1e-5", "method.teacher_momentum=null",
+    "method.crops.colours=dino", "views.colour=null", "compute.precision=fp32",
     "method.out_dim=128", "method.hidden_dim=64", "method.bottleneck_dim=32", "method.centering=centre",
     "method.crops.local_count=2", "method.crops.local_size=16",
 ]  # fmt: skip

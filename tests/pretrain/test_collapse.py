@@ -143,7 +143,9 @@ def _short_run(folder: Path, pets: Path, *overrides: str) -> list[str]:
         "run.rewind_after=null", "views.size=32", "optim.base_lr=1e-3", "method.centering=centre",
         "model.name=vit_tiny_patch16_224", "model.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",
         "method.out_dim=128", "method.hidden_dim=64", "method.bottleneck_dim=32", "batch.global_size=16",
-        "method.crops={local_count: 2, local_size: 16}", "optim.warmup_steps=50", "method.on_collapse=stop", *overrides,
+        "method.crops={colours: dino, local_count: 2, local_size: 16}", "views.colour=null", "compute.precision=fp32",
+        "method.teacher_momentum=null", "optim.weight_decay_end=0.1", "optim.min_lr=1e-5", "optim.warmup_steps=50",
+        "method.on_collapse=stop", *overrides,
     ]  # fmt: skip
 
 
