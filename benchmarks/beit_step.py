@@ -12,19 +12,18 @@ the times. Needs the extra `bench`.
 """
 
 import argparse
-import warnings
 from collections.abc import Callable
 
 import timm
 import torch
 import torch.nn.functional as F
-from race import OURS, Step, autocast, race, report, set_attention, training_step
+from race import OURS, Step, autocast, begin, race, report, set_attention, training_step
 from torch import Tensor, nn
 
 from foreseen.commands.verbs import load_recipe
 from foreseen.data.batch import Batch
 from foreseen.data.views import IMAGENET_MEAN, IMAGENET_STD, View
-from foreseen.engine.launch import allow_fast_fp32, choose_attention
+from foreseen.engine.launch import choose_attention
 from foreseen.engine.objective import Progress
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.handoff.encoder import create_encoder
@@ -188,15 +187,7 @@ def vqkd(device: torch.device) -> VQKD:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="base")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        allow_fast_fp32()  # for all candidates alike
+    args, device = begin(parser, batch=8)
     images = torch.randn(args.batch, 3, SIZE, SIZE, device=device)
     mask = torch.rand(args.batch, PATCHES, device=device).argsort(dim=1) < HIDDEN
     codes = torch.randint(CODES, (args.batch, PATCHES), device=device)

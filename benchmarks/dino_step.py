@@ -17,7 +17,6 @@ import importlib
 import resource
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
@@ -27,13 +26,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from race import OURS, Step, autocast, race, report, set_attention
+from race import OURS, Step, autocast, begin, race, report, set_attention
 from torch import Tensor, nn
 
 from foreseen.commands.verbs import load_recipe
 from foreseen.data.batch import Batch
 from foreseen.engine.clip import clip
-from foreseen.engine.launch import allow_fast_fp32, choose_attention
+from foreseen.engine.launch import choose_attention
 from foreseen.engine.objective import Progress
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.pretrain.dino import DINO
@@ -249,16 +248,8 @@ def peak_memory(make: Callable[[Views, str], Step], views: Views, precision: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--official", type=Path, help="a checkout of facebookresearch/dino")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory-of", help="print the memory of one candidate, and nothing else")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        allow_fast_fp32()  # for all candidates alike
+    args, device = begin(parser, batch=4)
     views = [torch.randn(count * args.batch, 3, size, size, device=device) for count, size in (LARGE, SMALL)]
     known = candidates(args.official)
     if args.memory_of is not None:

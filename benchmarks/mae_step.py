@@ -9,17 +9,16 @@ more than the pixels of visible patches, which no loss looks at.
 """
 
 import argparse
-import warnings
 
 import timm
 import torch
-from race import OURS, Step, autocast, race, report, set_attention, training_step
+from race import OURS, Step, autocast, begin, race, report, set_attention, training_step
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from foreseen.commands.verbs import load_recipe
 from foreseen.data.batch import Batch
-from foreseen.engine.launch import allow_fast_fp32, choose_attention
+from foreseen.engine.launch import choose_attention
 from foreseen.engine.objective import Progress
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.pretrain.methods import METHODS
@@ -140,15 +139,7 @@ def lightly(name: str, images: Tensor, precision: str, *, fused: bool) -> Step:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_small_patch16_224")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        allow_fast_fp32()  # for all candidates alike
+    args, device = begin(parser, batch=8)
     images = torch.randn(args.batch, 3, 224, 224, device=device)
     candidates = {
         OURS: ours(args.model, images, args.precision),

@@ -1,16 +1,34 @@
 """What the benchmarks of training steps share: candidates that take turns in one process, and the table of ratios."""
 
+import argparse
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from foreseen.engine.launch import allow_fast_fp32
+
 Step = Callable[[], Tensor]
 OURS = "foreseen"
+
+
+def begin(parser: argparse.ArgumentParser, *, batch: int) -> tuple[argparse.Namespace, torch.device]:
+    """Add the options that steps share, read them, and set the process up; the options, and where candidates run."""
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        allow_fast_fp32()  # for all candidates alike
+    return options, device
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

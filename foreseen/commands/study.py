@@ -185,14 +185,15 @@ def check_sources(config: "Config") -> None:
         BadInput: it did.
     """
     from foreseen.errors import BadInput
-    from foreseen.handoff.encoder import PUBLIC, load_encoder
+    from foreseen.files import sha256_of
+    from foreseen.handoff.encoder import PUBLIC
 
     lineage = json.loads((config.run.dir / "encoder" / "lineage.json").read_text(encoding="utf-8"))
     sources = ("parents", config.model.init_from), ("teachers", getattr(config.method, "teacher", None))
     for kind, source in sources:
         if source is None or str(source).startswith(PUBLIC) or not (Path(source) / "model.safetensors").is_file():
             continue
-        now = load_encoder(source).weights
+        now = sha256_of(Path(source) / "model.safetensors")
         if any(before["weights_sha256"] != now for before in lineage.get(kind) or []):
             raise BadInput(
                 f"{config.run.dir} is finished, but with other weights than {source} holds now; take another run.dir, "
