@@ -17,7 +17,6 @@ from torch import Tensor
 from foreseen.config import Config
 from foreseen.errors import BadInput
 from foreseen.pretrain.crop_masks import StratifiedMasks
-from foreseen.pretrain.distillation_losses import koleo
 from foreseen.pretrain.distilled_network import Network, Parts, draw_tokens, projection_head
 from foreseen.pretrain.masked_distillation import (
     MaskedDistillation,
@@ -47,9 +46,6 @@ class DINOv2Options(MaskedDistillationOptions):
     """Factor on the lr of a ViT's patch embedding, on top of `optim.layer_decay`."""
     koleo_weight: float = Field(0.1, ge=0)
     """Of the regulariser that spreads class tokens; 0 switches it off."""
-    koleo_group: int = Field(16, ge=2)
-    """Images among which nearest neighbours are looked for, consecutive ones; `batch.micro_size` is a multiple of it.
-    The authors' are the images of a GPU."""
     mask_probability: float = Field(0.5, gt=0, le=1)
     """Share of a step's large crops that are masked."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
@@ -101,26 +97,7 @@ class DINOv2(MaskedDistillation):
                 f"{config.batch.global_size} large crops of a step, so that no patch would ever be trained; raise it "
                 "or batch.global_size"
             )
-        objective = cls(student, options, parts.large, parts.small, plan, masks, count)
-        objective.koleo_weight, objective.koleo_group = options.koleo_weight, options.koleo_group
-        objective.group = options.koleo_group if options.koleo_weight else 1
-        return objective
-
-    koleo_weight: float = 0.0
-    koleo_group: int = 2
-
-    def group_advice(self, micro_size: int) -> str:
-        """Groups that fit, and how to go without."""
-        divisors = [str(size) for size in range(2, micro_size + 1) if micro_size % size == 0]
-        groups = f"method.koleo_group (now {self.koleo_group}) to {', '.join(divisors[-6:])}, or " if divisors else ""
-        return f"{groups}method.koleo_weight=0, without KoLeo"
-
-    def added_terms(self, pooled: Tensor) -> Mapping[str, tuple[float, Tensor]]:
-        """KoLeo of each large crop's features, added up; crops of one image are never neighbours."""
-        if not self.koleo_weight:
-            return {}
-        spread = torch.stack([koleo(crop, self.koleo_group) for crop in pooled.chunk(self.num_large)]).sum()
-        return {"koleo": (self.koleo_weight, spread)}
+        return cls(student, options, parts.large, parts.small, plan, masks, count)
 
 
 def official_backbone(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:

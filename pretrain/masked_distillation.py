@@ -4,7 +4,7 @@ Letters: B images, T large crops of each, N = T * B, L patches, M the most that 
 bottleneck, K prototypes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -232,7 +232,7 @@ class MaskedDistillation(SelfDistillation):
         )
 
     def forward(self, batch: Batch, prepared: Targets, progress: Progress) -> dict[str, Tensor]:
-        """The cross-entropy over pairs of crops and over hidden patches, and what a method adds."""
+        """The cross-entropy over pairs of crops and over hidden patches, and KoLeo."""
         large, *small = self.views
         pooled, hidden, _ = self.student.encode(
             batch.images[large.name], crop_keys(batch, large), prepared.mask, patches=prepared.patches.places
@@ -241,13 +241,10 @@ class MaskedDistillation(SelfDistillation):
         classes = self.class_terms(self.student.head(torch.cat([pooled, *others])), prepared.classes)
         rows = self.student.patch_bottleneck(_patches(hidden)).flatten(0, 1)
         patches = self.patch_terms(rows, prepared.patches)
-        more = self.added_terms(pooled)
         options = self.patch_options
         loss = options.class_weight * classes["loss"] + options.patch_weight * patches["patch_loss"]
-        for weight, term in more.values():
-            loss = loss + weight * term
         terms = {"class_loss": classes["loss"], "teacher_entropy": classes["teacher_entropy"], "kl": classes["kl"]}
-        return {"loss": loss, **terms, **patches, **{name: term for name, (_, term) in more.items()}}
+        return self.with_koleo({"loss": loss, **terms, **patches}, pooled)
 
     def patch_terms(self, bottleneck: Tensor, targets: PatchTargets) -> dict[str, Tensor]:
         """The loss of hidden patches: a mean over those of a crop, and over all crops, masked or not.
@@ -264,14 +261,6 @@ class MaskedDistillation(SelfDistillation):
         tensors = (bottleneck, targets.bottleneck, targets.weights)
         sums = summed_in_chunks(function, tensors, rows, *fixed) / len(targets.places)
         return {"patch_loss": sums[0], "patch_teacher_entropy": sums[1].detach()}
-
-    def added_terms(self, pooled: Tensor) -> Mapping[str, tuple[float, Tensor]]:
-        """More terms of the loss, each with its weight.
-
-        Args:
-            pooled: the student's features of its large crops, [N, D], crop-major.
-        """
-        return {}
 
     def after_step(self, progress: Progress, finite: Tensor) -> None:
         """The teacher and both centres move."""

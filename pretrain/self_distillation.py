@@ -23,7 +23,7 @@ from foreseen.errors import BadInput
 from foreseen.models.vit_tokens import Patches
 from foreseen.pretrain.collapse import CollapseAlarm
 from foreseen.pretrain.crops import by_crop, crop_keys
-from foreseen.pretrain.distillation_losses import crop_cross_entropy, entropy, rows_at_once, summed_in_chunks
+from foreseen.pretrain.distillation_losses import crop_cross_entropy, entropy, koleo, rows_at_once, summed_in_chunks
 from foreseen.pretrain.distilled_network import Encoded, Network
 from foreseen.pretrain.feature_health import FeatureHealth
 from foreseen.pretrain.self_distillation_options import Plan, SelfDistillationOptions
@@ -80,6 +80,7 @@ class SelfDistillation(Objective):
         self.large, self.views = large, (large, *small)
         self.num_large, self.num_crops = large.count, sum(view.count for view in self.views)
         self.centre = Centre(plan.prototypes, options.center_momentum) if options.centering == "centre" else None
+        self.group = options.koleo_group if options.koleo_weight else 1
         self._batch_norms = [m for m in self.teacher.modules() if isinstance(m, _BatchNorm)]
         self._alarm = CollapseAlarm(
             plan.prototypes, grace_steps=plan.grace_steps, stop=options.on_collapse == "stop"
@@ -145,11 +146,11 @@ class SelfDistillation(Objective):
             )
 
     def forward(self, batch: Batch, prepared: Any, progress: Progress) -> dict[str, Tensor]:
-        """The cross-entropy of student and teacher over all pairs of different crops."""
-        pooled = torch.cat(
-            [self.student.encode(batch.images[view.name], crop_keys(batch, view)).pooled for view in self.views]
-        )
-        return self.class_terms(self.student.head(pooled), prepared)
+        """The cross-entropy of student and teacher over all pairs of different crops, and KoLeo."""
+        large, *small = [
+            self.student.encode(batch.images[view.name], crop_keys(batch, view)).pooled for view in self.views
+        ]
+        return self.with_koleo(self.class_terms(self.student.head(torch.cat([large, *small])), prepared), large)
 
     def class_terms(self, bottleneck: Tensor, targets: ClassTargets) -> dict[str, Tensor]:
         """The loss of the class tokens, and its two parts: the targets' entropy and what is left, the divergence.
@@ -165,6 +166,28 @@ class SelfDistillation(Objective):
         images = max(1, rows // (self.num_crops + self.num_large))
         sums = summed_in_chunks(function, (crops, targets.bottleneck), images, *fixed) / crops.shape[1]
         return {"loss": sums[0], "teacher_entropy": sums[1].detach(), "kl": (sums[0] - sums[1]).detach()}
+
+    def with_koleo(self, terms: dict[str, Tensor], pooled: Tensor) -> dict[str, Tensor]:
+        """Terms whose loss holds KoLeo, if it is wanted: of each large crop, added up, so that crops of one image are
+        never neighbours.
+
+        Args:
+            terms: of the loss, "loss" among them.
+            pooled: the student's features of its large crops, [T * B, D], crop-major.
+        """
+        weight = self.options.koleo_weight
+        if not weight:
+            return terms
+        crops = pooled.chunk(self.num_large)
+        spread = torch.stack([koleo(crop, self.options.koleo_group) for crop in crops]).sum()
+        return {**terms, "loss": terms["loss"] + weight * spread, "koleo": spread}
+
+    def group_advice(self, micro_size: int) -> str:
+        """Groups that fit, and how to go without."""
+        divisors = [str(size) for size in range(2, micro_size + 1) if micro_size % size == 0]
+        now = self.options.koleo_group
+        groups = f"method.koleo_group (now {now}) to {', '.join(divisors[-6:])}, or " if divisors else ""
+        return f"{groups}method.koleo_weight=0, without KoLeo"
 
     def after_step(self, progress: Progress, finite: Tensor) -> None:
         """The teacher and the centre move."""

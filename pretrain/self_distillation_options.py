@@ -53,6 +53,12 @@ class SelfDistillationOptions(MethodOptions):
     logits_chunk: int | None = Field(None, ge=1)
     """Rows of logits held at once, of student and teacher together; more are made in turn, and again in the backward
     pass. Null takes as many as have 2^25 logits (128 MiB). Results differ by rounding alone."""
+    koleo_weight: float = Field(0.0, ge=0)
+    """Of DINOv2's regulariser that spreads features; 0 switches it off. Not in the papers of DINO and iBOT; with it
+    short runs on little data get off the ground sooner."""
+    koleo_group: int = Field(16, ge=2)
+    """Images among which nearest neighbours are looked for, consecutive ones; `batch.micro_size` is a multiple of it.
+    The authors' are the images of a GPU."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """What happens when the numbers show that the run has collapsed."""
     crops: MultiCrop = MultiCrop()

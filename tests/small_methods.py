@@ -33,8 +33,9 @@ def small_method(config: Config) -> dict[str, str]:
     small = {}
     if "crops" in options:
         small |= _SELF_DISTILLED
-    if "koleo_group" in options:
-        small |= {"method.koleo_group": "2", "method.patch_bottleneck_dim": "12"}
+        small["method.koleo_group"] = "2"
+    if "patch_bottleneck_dim" in options:
+        small["method.patch_bottleneck_dim"] = "12"
     if "pixel_clusters" in options:  # fitted in no time, in the place of a folder that a test does not have
         small |= {"method.tokenizer": "null", "method.pixel_clusters": "{clusters: 16}"}
     if options.get("aggregate"):

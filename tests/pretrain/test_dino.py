@@ -19,12 +19,14 @@ from foreseen.engine.teacher import move_teacher
 from foreseen.errors import BadInput
 from foreseen.models.projection_head import ProjectionHead
 from foreseen.pretrain.dino import DINO, from_official
+from foreseen.pretrain.distillation_losses import koleo
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
 from tests.golden_cases import load_case, weights
 from tests.small_methods import small_method
 
 ARGS = "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"
 PROGRESS = Progress(0, 20, 5.0, 0)
+KOLEO = {"method__koleo_weight": 0.3, "method__koleo_group": 2}
 
 
 def _config(**more: Any) -> Config:
@@ -270,6 +272,7 @@ HARDER = {
     "sinkhorn": {"method__centering": "sinkhorn"},
     "pieces": {"method__logits_chunk": 40},
     "layer decay": {"method__head_warmup_steps": 0, "method__out_dim": 100},
+    "koleo": KOLEO,
 }
 
 
@@ -329,6 +332,18 @@ def test_target_information_is_the_log_of_how_many_kinds_of_pictures_targets_tel
         numbers = objective.health()
     assert float(numbers["target_information"]) == pytest.approx(math.log(kinds), abs=0.05)
     assert float(numbers["prototypes_used"]) >= kinds
+
+
+def test_koleo_is_added_for_each_large_crop_where_it_is_wanted() -> None:
+    plain, spread = (_small(model__drop_path_rate=0, **more) for more in ({}, KOLEO))
+    assert (plain.group, spread.group) == (1, 2)
+    batch = _batch(plain)
+    without, found = _step(plain, batch), _step(spread, batch)
+    one, other = spread.student.encode(batch.images[spread.large.name]).pooled.chunk(2)
+    expected = koleo(one, 2) + koleo(other, 2)
+    torch.testing.assert_close(found["koleo"], expected)
+    torch.testing.assert_close(found["loss"], without["loss"] + 0.3 * expected)
+    assert "koleo" not in without
 
 
 def test_one_crop_of_an_image_alone_is_refused() -> None:

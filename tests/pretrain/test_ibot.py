@@ -16,6 +16,7 @@ from foreseen.errors import BadInput
 from foreseen.models.projection_head import ProjectionHead
 from foreseen.models.take import take
 from foreseen.pretrain.crop_masks import IndependentMasks
+from foreseen.pretrain.distillation_losses import koleo
 from foreseen.pretrain.distilled_network import Encoded
 from foreseen.pretrain.ibot import IBOT, from_official
 from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
@@ -193,6 +194,7 @@ HARDER = {
     "shared": {"method__teacher_patch_temp": 0.05},
     "separate": {"method__shared_head": "false", "method__patch_out_dim": 40, "method__logits_chunk": 23},
     "sinkhorn": {"method__centering": "sinkhorn", "method__mask_shape": "random"},
+    "koleo": {"method__koleo_weight": 0.3, "method__koleo_group": 2},
 }
 
 
@@ -219,6 +221,22 @@ def test_every_trained_weight_takes_part_even_where_no_patch_is_hidden() -> None
     found["loss"].backward()
     assert found["patch_loss"].detach() == 0.0
     assert [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_koleo_is_added_for_each_large_crop_where_it_is_wanted() -> None:
+    koleo_on = {"method__koleo_weight": 0.3, "method__koleo_group": 2}
+    found = {}
+    for name, more in (("without", {}), ("with", koleo_on)):
+        objective = _small(model__drop_path_rate=0, **more)
+        batch = _batch(objective)
+        with torch.no_grad():
+            (prepared,) = objective.prepare([batch], PROGRESS)
+        found[name] = objective(batch, prepared, PROGRESS)
+    large = batch.images[objective.large.name]
+    pooled = objective.student.encode(large, mask=prepared.mask, patches=prepared.patches.places).pooled
+    expected = sum(koleo(crop, 2) for crop in pooled.chunk(2))
+    torch.testing.assert_close(found["with"]["koleo"], expected)
+    torch.testing.assert_close(found["with"]["loss"], found["without"]["loss"] + 0.3 * expected)
 
 
 def test_hidden_pixels_reach_the_teacher_alone() -> None:
