@@ -72,6 +72,8 @@ def run_study(plan: "Plan", jobs: "Jobs") -> str:
     """Make every run that is not made yet, and write down what came out whenever the cells of a number of labels that
     have no teacher are made, and when those that have one are.
 
+    Where nothing had to be made, an older report, which may tell of more, stays until the last of them are read.
+
     Returns:
         What came out, in sentences.
     """
@@ -81,17 +83,18 @@ def run_study(plan: "Plan", jobs: "Jobs") -> str:
     runner = Runner(plan, jobs)
     cells: list[Cell] = []
     said = ""
-    for labels in plan.samples:
-        teacher = None
-        for taught in (False, True):
-            made = [plan.cell(key, teacher) for key in plan.level(labels, taught=taught)]
-            if not made:
-                continue
-            runner.make(made)
-            cells += made
+    teachers: dict[str, Cell | None] = {}
+    levels = [(labels, taught) for labels in plan.samples for taught in (False, True)]
+    levels = [level for level in levels if plan.level(level[0], taught=level[1])]
+    for labels, taught in levels:
+        made = [plan.cell(key, teachers.get(labels)) for key in plan.level(labels, taught=taught)]
+        is_new = runner.make(made)
+        cells += made
+        if is_new or (labels, taught) == levels[-1]:
             record = write_report(plan, cells)
             said = f"\n{summary(record)}\n\nThe page of it: {write_page(plan.folder, record)}"
-            teacher = _teacher(plan, labels, made)
+        if not taught:
+            teachers[labels] = _teacher(plan, labels, made)
     return said
 
 
@@ -124,16 +127,19 @@ class Runner:
         self._clock = 0.0
         self._made_steps = 0
 
-    def make(self, cells: "Sequence[Cell]") -> None:
+    def make(self, cells: "Sequence[Cell]") -> bool:
         """Make the runs of cells that do not need one another: first all rates on the first seed, then the rest.
+
+        Returns:
+            Whether any had to be made.
 
         Raises:
             BadInput: a run folder holds another job.
         """
-        self._fit([(cell.key, config) for cell in cells for config in cell.tuning()])
-        self._fit([(cell.key, config) for cell in cells for config in cell.others()])
+        tuned = self._fit([(cell.key, config) for cell in cells for config in cell.tuning()])
+        return self._fit([(cell.key, config) for cell in cells for config in cell.others()]) or tuned
 
-    def _fit(self, runs: "Sequence[tuple[Key, Config]]") -> None:
+    def _fit(self, runs: "Sequence[tuple[Key, Config]]") -> bool:
         from foreseen.commands.controls import describe_run, is_finished
         from foreseen.commands.jobs import say
 
@@ -160,6 +166,7 @@ class Runner:
             left = _minutes(elapsed / self._made_steps * self._left)
             say(f"[{self._done}/{self._total}] {key.labels}{describe_run(config)}   {left} left")
         self._clock += time.monotonic() - began
+        return bool(submitted)
 
     def _count(self, key: "Key") -> None:
         self._done += 1

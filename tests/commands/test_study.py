@@ -226,6 +226,28 @@ def test_a_study_is_made_once_and_ends_in_a_table_a_plot_and_an_answer(plan: Pla
     assert (again, [run.stat().st_mtime_ns for run in runs]) == (said, before)
 
 
+def test_a_study_that_goes_on_keeps_its_report_until_it_can_tell_more(
+    plan: Planner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smaller = ("study.seeds=1", "study.augmentations.deit=null", "study.models.resnet=null")
+    with Jobs() as jobs:
+        run_study(plan(*smaller), jobs)
+    report = tmp_path / "study" / "study.csv"
+    whole = report.read_text(encoding="utf-8")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    with Jobs() as jobs:
+        monkeypatch.setattr(jobs, "submit", stop)
+        with pytest.raises(Stopped):
+            run_study(plan(*smaller, "study.starts.soft={method: {tau: 2.0}}"), jobs)
+    assert report.read_text(encoding="utf-8") == whole
+
+
 def _cell(name: str, test: list[float], validation: float, *, family: str = "ViT") -> dict[str, Any]:
     model, start, augmentation = name.split("/")
     return {
