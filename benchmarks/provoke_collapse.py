@@ -8,15 +8,18 @@ Provoked runs are 500 steps of 16 images with a tiny network, and are stopped by
 
 * uniform: the teacher is no sharper than the student, so nothing works against the centre;
 * one-hot: nothing is centred;
-* rank: a huge lr and weight decay, so that features shrink to one (DINOv2: and no KoLeo, which keeps them apart).
+* rank: a huge lr and weight decay, so that features shrink to one.
 
-Healthy runs are the method's own CPU recipe, as it is but for length and batch. Each line ends with the last health
-numbers. docs/self_distillation.md has what came out.
+None of them has KoLeo, which keeps features apart.
+
+Healthy runs are the method's own CPU recipe, as it is but for length and batch, and KoLeo's groups, which divide it.
+Each line ends with the last health numbers. docs/self_distillation.md has what came out.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import re
 import sys
 import tempfile
@@ -37,8 +40,10 @@ TINY = [
     "model.name=vit_tiny_patch16_224", "model.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}",
     "optim.base_lr=1e-3", "optim.weight_decay_end=0.1", "optim.min_lr=1e-5", "method.teacher_momentum=null",
     "method.crops.colours=dino", "views.colour=null", "compute.precision=fp32",
-    "method.out_dim=128", "method.hidden_dim=64", "method.bottleneck_dim=32", "method.centering=centre",
-    "method.crops.local_count=2", "method.crops.local_size=16",
+    "method.out_dim=128", "method.head_layers=3", "method.hidden_dim=64", "method.bottleneck_dim=32",
+    "method.centering=centre", "method.crops.local_count=2", "method.crops.local_size=16",
+    # KoLeo keeps features apart, whatever becomes of the targets, so only in its absence can their rank collapse.
+    "method.koleo_weight=0",
 ]  # fmt: skip
 PROVOKED = {
     "uniform": ["method.teacher_temp=0.1", "method.warmup_teacher_temp=0.1"],
@@ -49,8 +54,7 @@ OF_MASKED = {
     "uniform": ["method.teacher_patch_temp=0.1", "method.warmup_teacher_patch_temp=0.1"],
     "one-hot": ["method.patch_center_momentum=1.0"],
 }
-# KoLeo keeps features apart, whatever becomes of the targets, so nothing but its absence lets their rank collapse.
-OF_METHOD = {"dinov2": ["method.patch_bottleneck_dim=32", "method.koleo_weight=0"]}
+OF_METHOD = {"dinov2": ["method.patch_bottleneck_dim=32"]}
 ALARM = re.compile(r"step (\d+): COLLAPSE \(([\w-]+)\)")
 
 
@@ -95,6 +99,7 @@ def main() -> None:
         if not pets.exists():
             write_procedural_pets(pets, train=options.train, test=8, size=48, seed=0, workers=1)
         healthy = [f"run.steps={options.steps}", f"batch.global_size={options.batch}", "run.log_every=20"]
+        healthy.append(f"method.koleo_group={math.gcd(options.batch, 32)}")
         for method in options.methods:
             for name in options.runs:
                 for seed in options.seeds if name == "healthy" else [0]:
