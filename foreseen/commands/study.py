@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from foreseen.commands.jobs import Jobs
-    from foreseen.commands.study_plan import Cell, Key, Plan
+    from foreseen.commands.study_cells import Cell, Key, Plan
     from foreseen.config import Config
 
 

@@ -15,7 +15,7 @@ from foreseen.files import read_json, write_atomically
 from foreseen.masked import masked
 
 if TYPE_CHECKING:
-    from foreseen.commands.study_plan import Cell, Plan
+    from foreseen.commands.study_cells import Cell, Plan
 
 _COLUMNS = ("labels", "model", "family", "start", "augmentation", "taught_by", "base_lr", "steps")
 

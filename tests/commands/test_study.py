@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from foreseen import cli
 from foreseen.commands.jobs import Jobs
 from foreseen.commands.study import check_sources, run_study
+from foreseen.commands.study_cells import Key, Plan
 from foreseen.commands.study_findings import find
 from foreseen.commands.study_options import load_study
-from foreseen.commands.study_plan import Key, Plan, make_plan
+from foreseen.commands.study_plan import make_plan
 from foreseen.config import RECIPES, recipe_names
 from foreseen.data.shards import ShardSet
 from foreseen.errors import BadInput
