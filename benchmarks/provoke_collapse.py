@@ -12,8 +12,8 @@ Provoked runs are 500 steps of 16 images with a tiny network, and are stopped by
 
 None of them has KoLeo, which keeps features apart.
 
-Healthy runs are the method's own CPU recipe, as it is but for length and batch, and KoLeo's groups, which divide it.
-Each line ends with the last health numbers. docs/self_distillation.md has what came out.
+Healthy runs are the method's own CPU recipe, as it is but for length and batch, and the size of KoLeo's groups, which
+divides the batch. Each line ends with the last health numbers. docs/self_distillation.md has what came out.
 """
 
 import argparse
@@ -99,7 +99,8 @@ def main() -> None:
         if not pets.exists():
             write_procedural_pets(pets, train=options.train, test=8, size=48, seed=0, workers=1)
         healthy = [f"run.steps={options.steps}", f"batch.global_size={options.batch}", "run.log_every=20"]
-        healthy.append(f"method.koleo_group={math.gcd(options.batch, 32)}")
+        group = math.gcd(options.batch, 32)
+        healthy.append(f"method.koleo_group={group}" if group > 1 else "method.koleo_weight=0")
         for method in options.methods:
             for name in options.runs:
                 for seed in options.seeds if name == "healthy" else [0]:

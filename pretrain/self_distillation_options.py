@@ -22,7 +22,7 @@ class SelfDistillationOptions(MethodOptions):
     bottleneck_dim: int = Field(256, ge=1)
     """Length of the unit vector that is compared with the prototypes."""
     head_layers: int = Field(3, ge=1)
-    """Layers of the head's MLP."""
+    """Layers of the head's MLP; 1 is a linear head, which has no use for `hidden_dim`."""
     head_batch_norm: bool = False
     norm_last_layer: bool = True
     """Hold the prototypes at unit length; else each has a gain that is trained. True is the stabler."""
@@ -54,8 +54,8 @@ class SelfDistillationOptions(MethodOptions):
     """Rows of logits held at once, of student and teacher together; more are made in turn, and again in the backward
     pass. Null takes as many as have 2^25 logits (128 MiB). Results differ by rounding alone."""
     koleo_weight: float = Field(0.0, ge=0)
-    """Of DINOv2's regulariser that spreads features; 0 switches it off. Not in the papers of DINO and iBOT; with it
-    short runs on little data get off the ground sooner."""
+    """Of DINOv2's regulariser that spreads features; 0 switches it off, as in the papers of DINO and iBOT. Short runs
+    on little data learn more with it (docs/self_distillation.md)."""
     koleo_group: int = Field(16, ge=2)
     """Images among which nearest neighbours are looked for, consecutive ones; `batch.micro_size` is a multiple of it.
     The authors' are the images of a GPU."""
@@ -70,6 +70,15 @@ class SelfDistillationOptions(MethodOptions):
             raise ValueError(
                 f"method.crops.global_count {self.crops.global_count} and method.crops.local_count "
                 f"{self.crops.local_count} leave no two crops of an image to compare; take at least 2 together"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_linear_head_has_no_norm(self) -> Self:
+        if self.head_layers == 1 and self.head_batch_norm:
+            raise ValueError(
+                "method.head_layers 1 is a linear head, between whose layers method.head_batch_norm true has no place; "
+                "set head_layers to 2 or more, or head_batch_norm to false"
             )
         return self
 

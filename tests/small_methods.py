@@ -13,7 +13,8 @@ from tests.tokenizers.teachers import save_teacher
 
 # Sizes fit patches of 8 px.
 _SELF_DISTILLED = {
-    "method.out_dim": "64", "method.hidden_dim": "32", "method.bottleneck_dim": "16", "method.head_warmup_steps": "0",
+    "method.out_dim": "64", "method.head_layers": "3", "method.hidden_dim": "32", "method.bottleneck_dim": "16",
+    "method.head_warmup_steps": "0",
     "method.crops": "{local_count: 2, local_size: 16}",
 }  # fmt: skip
 
@@ -34,6 +35,8 @@ def small_method(config: Config) -> dict[str, str]:
     if "crops" in options:
         small |= _SELF_DISTILLED
         small["method.koleo_group"] = "2"
+    if options["name"] in ("dino", "ibot"):  # as their papers have it
+        small["method.koleo_weight"] = "0"
     if "patch_bottleneck_dim" in options:
         small["method.patch_bottleneck_dim"] = "12"
     if "pixel_clusters" in options:  # fitted in no time, in the place of a folder that a test does not have

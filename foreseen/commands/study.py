@@ -72,13 +72,13 @@ def run_study(plan: "Plan", jobs: "Jobs") -> str:
     """Make every run that is not made yet, and write down what came out whenever the cells of a number of labels that
     have no teacher are made, and when those that have one are.
 
-    Where nothing had to be made, an older report, which may tell of more, stays until the last of them are read.
+    An older report that tells of a cell that is not read yet stays until that one is, or all are.
 
     Returns:
         What came out, in sentences.
     """
     from foreseen.commands.study_page import write_page
-    from foreseen.commands.study_report import summary, write_report
+    from foreseen.commands.study_report import reported, summary, write_report
 
     runner = Runner(plan, jobs)
     cells: list[Cell] = []
@@ -88,9 +88,9 @@ def run_study(plan: "Plan", jobs: "Jobs") -> str:
     levels = [level for level in levels if plan.level(level[0], taught=level[1])]
     for labels, taught in levels:
         made = [plan.cell(key, teachers.get(labels)) for key in plan.level(labels, taught=taught)]
-        is_new = runner.make(made)
+        runner.make(made)
         cells += made
-        if is_new or (labels, taught) == levels[-1]:
+        if (labels, taught) == levels[-1] or reported(plan.folder) <= {cell.key for cell in cells}:
             record = write_report(plan, cells)
             said = f"\n{summary(record)}\n\nThe page of it: {write_page(plan.folder, record)}"
         if not taught:
@@ -127,19 +127,16 @@ class Runner:
         self._clock = 0.0
         self._made_steps = 0
 
-    def make(self, cells: "Sequence[Cell]") -> bool:
+    def make(self, cells: "Sequence[Cell]") -> None:
         """Make the runs of cells that do not need one another: first all rates on the first seed, then the rest.
-
-        Returns:
-            Whether any had to be made.
 
         Raises:
             BadInput: a run folder holds another job.
         """
-        tuned = self._fit([(cell.key, config) for cell in cells for config in cell.tuning()])
-        return self._fit([(cell.key, config) for cell in cells for config in cell.others()]) or tuned
+        self._fit([(cell.key, config) for cell in cells for config in cell.tuning()])
+        self._fit([(cell.key, config) for cell in cells for config in cell.others()])
 
-    def _fit(self, runs: "Sequence[tuple[Key, Config]]") -> bool:
+    def _fit(self, runs: "Sequence[tuple[Key, Config]]") -> None:
         from foreseen.commands.controls import describe_run, is_finished
         from foreseen.commands.jobs import say
 
@@ -166,7 +163,6 @@ class Runner:
             left = _minutes(elapsed / self._made_steps * self._left)
             say(f"[{self._done}/{self._total}] {key.labels}{describe_run(config)}   {left} left")
         self._clock += time.monotonic() - began
-        return bool(submitted)
 
     def _count(self, key: "Key") -> None:
         self._done += 1

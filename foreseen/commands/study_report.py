@@ -15,7 +15,7 @@ from foreseen.files import read_json, write_atomically
 from foreseen.masked import masked
 
 if TYPE_CHECKING:
-    from foreseen.commands.study_cells import Cell, Plan
+    from foreseen.commands.study_cells import Cell, Key, Plan
 
 _COLUMNS = ("labels", "model", "family", "start", "augmentation", "taught_by", "base_lr", "steps")
 
@@ -51,6 +51,15 @@ def write_report(plan: "Plan", cells: "Sequence[Cell]") -> Record:
     write_atomically(plan.folder / "study.csv", _csv(found))
     write_atomically(plan.folder / "study.md", markdown(record))
     return record
+
+
+def reported(folder: Path) -> "set[Key]":
+    """The cells that a study's folder has a report of."""
+    from foreseen.commands.study_cells import Key
+
+    path = folder / "study.json"
+    cells = read_json(path)["cells"] if path.is_file() else []
+    return {Key(*(cell[name] for name in Key._fields)) for cell in cells}
 
 
 def _record(cell: "Cell") -> Record:

@@ -17,7 +17,7 @@ from foreseen.commands.study_cells import Key, Plan
 from foreseen.commands.study_findings import find
 from foreseen.commands.study_options import load_study
 from foreseen.commands.study_plan import make_plan
-from foreseen.config import RECIPES, recipe_names
+from foreseen.config import RECIPES, Config, recipe_names
 from foreseen.data.shards import ShardSet
 from foreseen.errors import BadInput
 from foreseen.handoff.encoder import load_encoder
@@ -227,26 +227,35 @@ def test_a_study_is_made_once_and_ends_in_a_table_a_plot_and_an_answer(plan: Pla
     assert (again, [run.stat().st_mtime_ns for run in runs]) == (said, before)
 
 
-def test_a_study_that_goes_on_keeps_its_report_until_it_can_tell_more(
+def test_a_study_that_goes_on_keeps_its_report_until_it_can_tell_as_much(
     plan: Planner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smaller = ("study.seeds=1", "study.augmentations.deit=null", "study.models.resnet=null")
+    alone = ("study.starts.pretrained=null", "study.starts.hard=null", "study.augmentations.deit=null")
+    levels = ("study.seeds=1", "study.labels.k3={}", *alone)
     with Jobs() as jobs:
-        run_study(plan(*smaller), jobs)
+        run_study(plan(*levels, "study.models.resnet=null"), jobs)
     report = tmp_path / "study" / "study.csv"
     whole = report.read_text(encoding="utf-8")
 
     class Stopped(Exception):
         pass
 
-    def stop(*_: object) -> None:
-        raise Stopped
-
     with Jobs() as jobs:
+        submit = jobs.submit
+
+        def stop(kind: str, config: Config) -> Any:
+            if "k3" in config.run.dir.parts:
+                raise Stopped
+            return submit(kind, config)
+
         monkeypatch.setattr(jobs, "submit", stop)
         with pytest.raises(Stopped):
-            run_study(plan(*smaller, "study.starts.soft={method: {tau: 2.0}}"), jobs)
-    assert report.read_text(encoding="utf-8") == whole
+            run_study(plan(*levels), jobs)
+    assert report.read_text(encoding="utf-8") == whole, "k2 of both models is known, but k3 was told, too"
+    with Jobs() as jobs:
+        run_study(plan(*levels), jobs)
+    told = [(row["labels"], row["model"]) for row in csv.DictReader(report.read_text(encoding="utf-8").splitlines())]
+    assert told == [("k2", "vit"), ("k2", "resnet"), ("k3", "vit"), ("k3", "resnet")]
 
 
 def _cell(name: str, test: list[float], validation: float, *, family: str = "ViT") -> dict[str, Any]:

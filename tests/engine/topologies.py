@@ -33,7 +33,7 @@ RESUMED_FROM = 10
 # A method whose runs may depend on how a batch is cut, and why; docs/guarantees.md says so, too.
 EXEMPT: dict[str, str] = {}
 # Methods that relate images two by two here: mixup, and KoLeo in groups of two.
-PAIRS = {"supervised", "distill", "dino", "ibot", "dinov2"}
+PAIRS = {"supervised", "distill", "dinov2"}
 
 _SMALL = [
     "data.workers=0", "views.size=32", f"batch.global_size={GLOBAL_SIZE}", f"run.steps={STEPS}", "run.epochs=null",
@@ -59,8 +59,6 @@ _HARDER_METHOD = {
     "beit": ["method.mask={num_masked: 7, min_block: 4, exact: false}"],
     "vqkd": ["method.revive_after=5"],
     "distill": ["optim.name=lamb"],
-    "dino": ["method.koleo_weight=0.3"],
-    "ibot": ["method.koleo_weight=0.3"],
 }
 
 

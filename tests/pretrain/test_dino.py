@@ -437,6 +437,7 @@ def test_pictures_show_every_crop() -> None:
           "method__crops": _crops(96)}, r"method.crops.local_size is \[96, 96\].*it takes.*\[224, 224\]"),
         ({"method__crops": _crops(16, "[0.5, 0.1]")}, "method.crops.local_scale must be two rising shares"),
         ({"method__head_warmup_steps": 5}, "model.init_from null"),
+        ({"method__head_layers": 1, "method__head_batch_norm": "true"}, "method.head_layers 1 is a linear head"),
         ({"method__crop": 1}, "did you mean 'method.crops'"),
     ],
 )  # fmt: skip

@@ -235,6 +235,7 @@ def test_koleo_is_added_for_each_large_crop_where_it_is_wanted() -> None:
     large = batch.images[objective.large.name]
     pooled = objective.student.encode(large, mask=prepared.mask, patches=prepared.patches.places).pooled
     expected = sum(koleo(crop, 2) for crop in pooled.chunk(2))
+    assert "koleo" not in found["without"]
     torch.testing.assert_close(found["with"]["koleo"], expected)
     torch.testing.assert_close(found["with"]["loss"], found["without"]["loss"] + 0.3 * expected)
 

@@ -58,7 +58,7 @@ def test_the_reasons_are_among_the_runs_notes() -> None:
 
 
 def test_a_run_with_an_average_is_told_that_the_teacher_is_handed_over() -> None:
-    small = ["model.args={layers: [1, 1, 1, 1], channels: [4, 8, 8, 12]}", "method.hidden_dim=32"]
+    small = ["model.args={layers: [1, 1, 1, 1], channels: [4, 8, 8, 12]}"]
     config = load_recipe("pretrain", "dino_cpu_minutes", [*small, "optim.ema_decay=0.999"])
     (note,) = [note for note in DINO.build(config.with_length(3_312)).notes if note.startswith("optim.ema_decay 0.999")]
     assert "the teacher" in note
