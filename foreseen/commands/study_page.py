@@ -85,7 +85,9 @@ def draw(record: dict[str, Any]) -> "Figure":
         axes.axvline(here[0]["chance"], color=_LINE, linestyle=":")
         axes.set_title(f"{level_title(labels)} ({here[0]['training_labels']} labels)")
         axes.set_xlabel("test top-1, %")
-        axes.set_xlim(0, 1.18 * max(score for cell in here for score in cell["test"]) + 1)
+        limit = 1.35 * max(score for cell in here for score in cell["test"])  # with room for a word
+        axes.set_xlim(0, limit)
+        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(limit, 100)])
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(order)), [f"{model}, {start_in_words(start)}" for model, start in order])
     panels[0].set_ylim(len(order) - 0.4, -0.6)
