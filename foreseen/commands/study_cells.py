@@ -169,9 +169,8 @@ class Plan:
     def from_scratch(self, *, labels: str | None = None, model: str | None = None) -> Config:
         """The config of a cell that begins from scratch: the first one, or the first of a level or model."""
         study = self.study
-        first = (next(iter(each)) for each in (study.labels, study.models, study.augmentations))
-        first_labels, first_model, augmentation = first
-        return self.config_of(Key(labels or first_labels, model or first_model, "scratch", augmentation))
+        labels, model = labels or next(iter(study.labels)), model or next(iter(study.models))
+        return self.config_of(Key(labels, model, "scratch", next(iter(study.augmentations))))
 
     def config_of(self, key: Key, teacher: Arm | str | None = None) -> Config:
         """That of a cell's runs, but for learning rate, seed and folder.
