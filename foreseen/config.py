@@ -24,9 +24,11 @@ _MAX_VALUES = 10_000
 
 
 class Section(BaseModel):
-    """A part of a config: frozen, and an unknown key is an error."""
+    """A part of a config: frozen, its numbers finite, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 _S = TypeVar("_S", bound=Section)
@@ -187,10 +189,10 @@ class Model(Section):
 class Jitter(Section):
     """Random brightness, contrast, saturation and hue, in random order, as torchvision's ColorJitter defines them."""
 
-    brightness: float = Field(0.0, ge=0, allow_inf_nan=False)
+    brightness: float = Field(0.0, ge=0)
     """The factor is uniform in [max(0, 1 - this), 1 + this]; so are those of contrast and saturation."""
-    contrast: float = Field(0.0, ge=0, allow_inf_nan=False)
-    saturation: float = Field(0.0, ge=0, allow_inf_nan=False)
+    contrast: float = Field(0.0, ge=0)
+    saturation: float = Field(0.0, ge=0)
     hue: float = Field(0.0, ge=0, le=0.5)
     """The hue turns by a share of the circle that is uniform in [-this, this]."""
     probability: float = Field(1.0, ge=0, le=1)

@@ -20,6 +20,7 @@ def _load(*overrides: str) -> Config:
         ("method.mask_ration=0.5", "unknown key 'method.mask_ration' .*'method.mask_ratio'"),
         ("optm.base_lr=1", "unknown key 'optm' .*'optim'"),
         ("optim.base_lr=abc", "optim.base_lr should be a valid number.* got 'abc'"),
+        ("optim.base_lr=.inf", "optim.base_lr should be a finite number, got inf"),
         ("method.mask_ratio=1.5", "method.mask_ratio should be less than 1, got 1.5"),
         ("method.name=mea", "method.name is 'mea' .*'mae'"),
         ("views.scale=[0.5,0.1]", "views.scale must be two rising shares"),

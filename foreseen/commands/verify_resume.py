@@ -158,7 +158,6 @@ def make_plan(
         raise BadInput(f"--saves is {saves}, more than the {kills} of --kills")
     if steps < _STEPS_A_KILL * kills:
         raise BadInput(f"--steps is {steps}, too few for {kills} kills: give at least {_STEPS_A_KILL * kills}")
-    usual, other = _topologies(verb, config, ranks)
     warmup = max(1, steps // 4)
     save_every = max(2, min(steps // 6, steps // (2 * kills)))
     shortened = [
@@ -167,6 +166,8 @@ def make_plan(
         "optim.warmup_epochs=null", f"optim.warmup_steps={warmup}", "probe.every=null",
     ]  # fmt: skip
     arguments = (verb, recipe, *overrides, *shortened)
+    _, short = _find(recipe, [*overrides, *shortened])
+    usual, other = _topologies(verb, short.with_length(size), ranks)
     return Plan(arguments, size, config.compute.precision, steps, usual, other, not gpus, kills, saves, out, seed)
 
 
@@ -194,7 +195,11 @@ def _topologies(verb: "Verb", config: "Config", ranks: int) -> tuple[Topology, T
 
     if size % ranks or not (fitting := micro_sizes(size // ranks)):
         among = f" in groups of {objective.group}" if objective.group > 1 else ""
-        raise BadInput(f"batch.global_size {size} is no multiple of {ranks} ranks{among}: give another --ranks")
+        advice = objective.group_advice(min(size // ranks, most)) if among and size % ranks == 0 else ""
+        raise BadInput(
+            f"batch.global_size {size} is no multiple of {ranks} ranks{among}: give another --ranks"
+            + (f", or set {advice}" if advice else "")
+        )
     micro = max((m for m in fitting if m < size // ranks), default=fitting[-1])  # several of them, if it can be
     workers = max(1, config.data.workers)
     usual = Topology(ranks, size // (ranks * micro), workers)
@@ -212,19 +217,18 @@ def _topologies(verb: "Verb", config: "Config", ranks: int) -> tuple[Topology, T
 
 
 def _build(verb: "Verb", config: "Config") -> "Objective":
-    """The objective of a recipe, without weights."""
+    """The objective of a recipe; without weights, unless it begins from some."""
     import torch
 
     from foreseen.finetune.methods import METHODS as finetuning
     from foreseen.pretrain.methods import METHODS as pretraining
     from foreseen.tokenizers.methods import METHODS as tokenizing
 
-    bare = config.model_copy(update={"model": config.model.model_copy(update={"init_from": None})})
     name = config.method.name
-    with torch.device("meta"):
+    with torch.device("meta" if config.model.init_from is None else "cpu"):
         if verb == "finetune":
-            return finetuning[name].build(bare, 10)
-        return pretraining[name].build(bare) if verb == "pretrain" else tokenizing[name].build(bare)
+            return finetuning[name].build(config, 10)
+        return pretraining[name].build(config) if verb == "pretrain" else tokenizing[name].build(config)
 
 
 def verify(plan: Plan) -> Verdict:

@@ -78,7 +78,13 @@ def advise_on_steps(config: Config, layout: BatchLayout, objective: Objective) -
             "no smaller one fits, so set compute.checkpoint_activations=true: activations are computed again "
             "in the backward pass, a third to a half slower, and the results stay"
         )
-    return "no smaller one fits and activations are not kept, so lower views.size or choose a smaller model.name"
+    smaller_groups = ""
+    if (ungrouped := _smaller(layout, 1)) and (groups := objective.group_advice(ungrouped)):
+        smaller_groups = f"set batch.micro_size={ungrouped} and {groups}, "
+    return (
+        "no smaller one fits and activations are not kept, so "
+        f"{smaller_groups}lower views.size or choose a smaller model.name"
+    )
 
 
 def advise_on_scores(layout: BatchLayout, group: int) -> str:

@@ -13,6 +13,7 @@ import pytest
 from foreseen.commands.launched import LaunchedJob
 from foreseen.commands.verify_resume import Topology, Verdict, _kill_at, make_plan, verify
 from foreseen.errors import BadInput
+from tests.tiny_teacher import save_teacher
 
 Recipe = Callable[..., list[str]]
 
@@ -118,6 +119,7 @@ def test_twenty_kills_seven_of_them_in_a_save(recipe: Recipe, tmp_path: Path) ->
     assert sum(kill["in_save"] for kill in kills) >= 7
 
 
+FROM_NOTHING = "model.init_from=null"
 OPTIONS = {"kills": 3, "saves": None, "steps": None, "ranks": 2, "out": Path("verify"), "seed": 0}
 
 
@@ -140,21 +142,43 @@ def test_the_plan_cuts_the_batch_in_two_ways(recipe: Recipe) -> None:
 
 def test_the_plan_makes_no_micro_batch_larger_than_the_recipe_or_against_the_method() -> None:
     assert _cuts("mae_vit_b16", ["batch.micro_size=64"]) == (Topology(2, 32, 4), Topology(1, 128, 6))
-    mixes = ["method.mixup=0.8", "batch.global_size=8"]
+    mixes = ["method.mixup=0.8", "batch.global_size=8", FROM_NOTHING]
     assert _cuts("cpu_minutes", mixes) == (Topology(2, 2, 1), Topology(1, 2, 3))  # micro-batches of 2, then of 4
     with pytest.raises(BadInput, match="batch.global_size 6 is no multiple of 2 ranks in groups of 2"):
         _cuts("cpu_minutes", [*mixes, "batch.global_size=6"])
+    with pytest.raises(BadInput, match=r"groups of 32: give another --ranks, or set method.koleo_group \(now 32\) to"):
+        _cuts("dino_cpu_minutes", [], ranks=4)
     # Statistics are over a micro-batch.
-    resnet = ["model.name=resnet10t", "model.drop_path_rate=0", "optim.layer_decay=null", "method.mixup=0"]
+    resnet = [
+        FROM_NOTHING,
+        "model.name=resnet10t",
+        "model.drop_path_rate=0",
+        "optim.layer_decay=null",
+        "method.mixup=0",
+    ]
     assert _cuts("pets", resnet) == (Topology(2, 2, 8), Topology(1, 4, 10))
     assert _cuts("pets", resnet, ranks=1) == (Topology(1, 2, 8), Topology(1, 2, 10))
 
 
+@pytest.mark.parametrize("name", ["dino_cpu_minutes", "ibot_cpu_minutes", "dinov2_cpu_minutes", "dinov2_vit_l16_short"])
+def test_methods_that_fit_themselves_to_the_length_have_a_plan(name: str) -> None:
+    usual, other = _cuts(name, [])
+    assert (usual.ranks, other.ranks) == (2, 1)
+
+
+def test_continued_pretraining_has_a_plan(tmp_path: Path) -> None:
+    begun = [f"model.init_from={save_teacher(tmp_path / 'encoder', size=(48, 48))}", "method.head_warmup_steps=2"]
+    own = ["model.name=null", "model.args=null", "method.koleo_group=8", "method.crops.local_size=[24,24]"]
+    usual, other = _cuts("dino_cpu_minutes", [*begun, *own])
+    assert usual.accumulation != other.accumulation
+
+
 def test_the_plan_is_of_the_recipes_verb_and_refuses_what_cannot_be_done(tmp_path: Path) -> None:
-    plan = make_plan("cpu_minutes", [], **OPTIONS)  # type: ignore[arg-type]
+    plan = make_plan("cpu_minutes", [FROM_NOTHING], **OPTIONS)  # type: ignore[arg-type]
     assert plan.arguments[0] == "finetune"
     for name, more, sentence in (
         ("mea", {}, "there is no recipe 'mea'"),
+        ("pets", {}, "runs/mae_pets/encoder is no encoder folder"),
         ("mae_cpu_minutes", {"saves": 4}, "--saves is 4, more than the 3 of --kills"),
         ("mae_cpu_minutes", {"steps": 11}, "--steps is 11, too few for 3 kills: give at least 12"),
     ):

@@ -142,6 +142,19 @@ def test_advice_ends_with_a_smaller_model() -> None:
     assert advice.endswith("lower views.size or choose a smaller model.name")
 
 
+def test_it_says_how_a_smaller_micro_batch_may_cut_groups() -> None:
+    class Grouped(MeanColour):
+        def group_advice(self, micro_size: int) -> str:
+            return f"some.group to {micro_size}"
+
+    objective = Grouped()
+    objective.group = 4
+    config = configure(Path("run"), compute__checkpoint_activations=True)
+    advice = advise_on_steps(config, BatchLayout(8, 4), objective)
+    assert "so set batch.micro_size=2 and some.group to 2, lower views.size or choose" in advice
+    assert "some.group" not in advise_on_steps(config, BatchLayout(1, 1), objective)
+
+
 def test_with_batch_norm_a_smaller_micro_batch_is_not_said_to_change_nothing() -> None:
     objective = MeanColour()
     objective.norm = nn.BatchNorm2d(3)
