@@ -1,10 +1,12 @@
 """What the frozen features of a pretraining recipe are worth, against random weights and raw pixels, over seeds.
 
     python benchmarks/knn_gain.py dino_cpu_minutes --runs runs/knn_gain --seeds 0 1 2 3 4
+    python benchmarks/knn_gain.py dino_cpu_minutes --runs runs/knn_gain_pets --seeds 0 --data shards/pets
 
 Draws procedural pets (6,000 train, 1,200 test), pretrains on them once a seed, and lets nearest neighbours name the
 test pictures: with 10 labels a breed (5 neighbours; mean of 5 draws of labels, which the seed decides) and with all (20
-neighbours). Random weights are those of the same backbone, drawn by the seed; the mean picture is taken off the pixels.
+neighbours). `--data` takes a packed, labelled set instead, whose test split is judged, at `--size` px. Random weights
+are those of the same backbone, drawn by the seed; the mean picture is taken off the pixels.
 Runs that are there are not made again. `--set key=value ...` changes the recipe. docs/results.md has what came out.
 """
 
@@ -19,15 +21,40 @@ import torch
 from procedural_shortcuts import draw, few
 from torch import Tensor
 
-from foreseen.data.procedural import BREEDS, FIRST_TEST_NUMBER, write_procedural_pets
+from foreseen.data.loader import BatchBuilder, SweepDataset, load
+from foreseen.data.procedural import FIRST_TEST_NUMBER, write_procedural_pets
+from foreseen.data.shards import ShardSet
+from foreseen.data.views import Request, finish
 from foreseen.engine.knn import knn
 from foreseen.engine.labelled import Labelled
+from foreseen.handoff.encoder import Preprocessing
 from foreseen.handoff.frozen import frozen_encoder
 from foreseen.models.features import default_features, pooled_features
 from foreseen.paired import paired_difference
 
 PER_BREED, DRAWS = 10, 5
 FEW_NEIGHBOURS, MANY_NEIGHBOURS = 5, 20
+
+
+def drawn_pictures(train: int, test: int, size: int) -> tuple[Labelled, int]:
+    """Procedural pets, [N, 3, size, size] in [0, 1], and how many of them are to train on; the rest is the test."""
+    numbers = [*range(train), *range(FIRST_TEST_NUMBER, FIRST_TEST_NUMBER + test)]
+    pictures, breeds = zip(*(draw(number, 0, size) for number in numbers), strict=True)
+    return Labelled(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255, torch.tensor(breeds)), train
+
+
+def packed_pictures(path: Path, size: int) -> tuple[Labelled, int]:
+    """The middles of a packed set's pictures, and how many of them are to train on."""
+    view = Preprocessing((0.0,) * 3, (1.0,) * 3, "bicubic", 0.875, (size, size)).view()
+    request, found = Request(views=(view,)), []
+    for split in ("train", "test"):
+        shards = ShardSet.open(path, split)
+        sweep = SweepDataset(BatchBuilder(shards, request, 0), 64)
+        batches = load(sweep, range(len(sweep)), workers=0, pin_memory=False)
+        images = [finish(batch, request, torch.device("cpu"), torch.float32).images[view.name] for batch in batches]
+        found.append(Labelled(torch.cat(images), torch.from_numpy(shards.labels.astype(np.int64))))
+    train, test = found
+    return Labelled(*(torch.cat(both) for both in zip(train, test, strict=True))), len(train.labels)
 
 
 def pretrain(recipe: str, seed: int, folder: Path, shards: Path, overrides: list[str]) -> Path:
@@ -64,7 +91,7 @@ def scores(found: Tensor, labels: Tensor, cut: int, seed: int) -> tuple[float, f
 
     def percent(rows: Tensor, k: int) -> float:
         bank = Labelled(found[rows], labels[rows])
-        return 100 * knn(bank, judged, num_classes=len(BREEDS), neighbours=[k])[k].top1
+        return 100 * knn(bank, judged, num_classes=int(labels.max()) + 1, neighbours=[k])[k].top1
 
     drawn = [few(labels[:cut].numpy(), PER_BREED, 1000 * seed + number) for number in range(DRAWS)]
     with_few = [percent(torch.from_numpy(rows), FEW_NEIGHBOURS) for rows in drawn]
@@ -80,16 +107,18 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=6000)
     parser.add_argument("--test", type=int, default=1200)
     parser.add_argument("--size", type=int, default=48)
+    parser.add_argument("--data", type=Path, help="shards, instead of drawing some")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
 
-    shards = options.runs / "shards"
+    shards = options.data or options.runs / "shards"
     if not (shards / "manifest.json").is_file():
         write_procedural_pets(shards, train=options.train, test=options.test, size=options.size)
-    numbers = [*range(options.train), *range(FIRST_TEST_NUMBER, FIRST_TEST_NUMBER + options.test)]
-    pictures, breeds = zip(*(draw(number, 0, options.size) for number in numbers), strict=True)
-    labels, cut = torch.tensor(breeds), options.train
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    (images, labels), cut = (
+        packed_pictures(shards, options.size)
+        if options.data
+        else drawn_pictures(options.train, options.test, options.size)
+    )
     pixels = images.flatten(1)
     pixels = pixels - pixels[:cut].mean(0)
 

@@ -71,7 +71,7 @@ def whitened(pixels: NDArray[np.float32], cut: int) -> NDArray[np.float32]:
 def few(labels: NDArray[np.int64], per_breed: int, seed: int) -> NDArray[np.int64]:
     """Rows of a labelled subset with the same number of each breed, drawn by the seed."""
     shuffled = np.argsort(uniform(sample_keys(seed, np.arange(1)), "few", len(labels))[0], kind="stable")
-    return np.concatenate([shuffled[labels[shuffled] == breed][:per_breed] for breed in range(len(BREEDS))])
+    return np.concatenate([shuffled[labels[shuffled] == breed][:per_breed] for breed in range(labels.max() + 1)])
 
 
 def vit_accuracy(options: argparse.Namespace) -> tuple[float, float]:
