@@ -19,7 +19,10 @@ def shrink(replace: Callable[[Any, str, Any], None]) -> None:
         data = config.data.model_copy(update={"shots": config.data.shots and 2})
         probe = config.probe.model_copy(update={"every": config.probe.every and steps, "samples": 60})
         batch = config.batch.model_copy(update={"global_size": 8})
-        return config.model_copy(update={"run": run, "optim": optim, "data": data, "batch": batch, "probe": probe})
+        groups = {"koleo_group": 4} if hasattr(config.method, "koleo_group") else {}
+        method = config.method.model_copy(update=groups)
+        sections = {"run": run, "optim": optim, "data": data, "batch": batch, "probe": probe, "method": method}
+        return config.model_copy(update=sections)
 
     def configs(out: Path, method: str, seed: int) -> tuple[Config, Config]:
         pretraining, finetuning = whole(out, method, seed)

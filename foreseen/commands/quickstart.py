@@ -94,6 +94,11 @@ def _placed(config: "Config", out: Path, name: str) -> "Config":
     return config.model_copy(update={"run": run, "data": data})
 
 
+def network_word(pretraining: "Config") -> str:
+    """What to call the network that a quickstart trains."""
+    return "ViT" if (pretraining.model.name or "").startswith(("vit", "beit")) else "network"
+
+
 def _draw(shards: Path) -> None:
     from foreseen.data.procedural import write_procedural_pets
 
@@ -107,7 +112,7 @@ def _live(jobs: "Jobs", pretraining: "Config", plan: "Plan") -> str:
     from foreseen.commands import controls
     from foreseen.handoff.encoder import load_encoder
 
-    network = "ViT" if (pretraining.model.name or "").startswith("vit") else "network"
+    network = network_word(pretraining)
     method, shots = pretraining.method.name, plan.pretrained.config.data.shots
     print(f"2. Pretrain a tiny {network} on them without labels ({method}). Beside it, the same learns from scratch")
     print(f"   on {shots} labels a breed, by four recipes, of which validation chooses one: the same as the pretrained")

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 FILE_NAME = "summary.html"
 _BLUE, _RED, _DARK = "#2a7f9e", "#b5562b", "#1c2733"
+_FOR_REAL = {  # recipes that pretrain and fine-tune, and what to change in the first; else METHOD_pets and pets
+    "mae": ("mae_vit_b16", " batch.global_size=1024 batch.micro_size=128", "vit_b16_mae"),
+    "beit": ("beit_pets", "", "pets_beit"),
+}
 _ZOOM = 2  # the pictures are small
 
 
@@ -32,16 +36,17 @@ def write_page(folder: Path, pretraining: "Config", plan: "Plan") -> Path:
         The file.
     """
     from foreseen.commands import controls
-    from foreseen.commands.quickstart import TEST, TRAIN
+    from foreseen.commands.quickstart import TEST, TRAIN, network_word
 
     finetuning = plan.pretrained.config
     record = json.loads((finetuning.run.dir.parent / controls.FILE_NAME).read_text(encoding="utf-8"))
     method = pretraining.method.name
-    labels = controls.describe_labels(record["labels"])
+    labels, network = controls.describe_labels(record["labels"]), network_word(pretraining)
     parts = [
         f"<h1>Did {html.escape(method)} pretraining help?</h1>",
-        f"<p>A tiny ViT, pretrained on {TRAIN:,} cartoon pets without their labels; then {labels}; tested on {TEST:,} "
-        "others. The pretrained side has had more computing: what is compared is what the same labels give.</p>",
+        f"<p>A tiny {network}, pretrained on {TRAIN:,} cartoon pets without their labels; then {labels}; tested on "
+        f"{TEST:,} others. The pretrained side has had more computing: what is compared is what the same labels "
+        "give.</p>",
         f"<p class=verdict>{html.escape(record['verdict'])}</p>",
         _table(record),
         figure(_scores(record), "Top-1 on the test pictures; a dot is a seed, with labels of its own.", "plot"),
@@ -61,17 +66,26 @@ def write_page(folder: Path, pretraining: "Config", plan: "Plan") -> Path:
             "plot",
         ),
         "<h2>Your own pictures</h2>",
-        "<p>This ViT sees 48 × 48 pixels; for real work take a recipe of <code>foreseen recipes</code>, as it is or "
-        "as a copy in a file of yours.</p>",
-        "<pre>foreseen data pack MY_PICTURES shards/mine --max-side 500\n"
-        "foreseen pretrain mae_vit_b16 data.path=shards/mine batch.global_size=1024 batch.micro_size=128\n"
-        "foreseen finetune vit_b16_mae data.path=MY_LABELLED data.validation_fraction=0.1 batch.global_size=64 \\\n"
-        "    model.init_from=runs/mae_vit_b16/encoder --controls</pre>",
+        f"<p>This {network} sees 48 × 48 pixels; for real work take a recipe of <code>foreseen recipes</code>, as it "
+        "is or as a copy in a file of yours.</p>",
+        f"<pre>{html.escape(_for_real(method))}</pre>",
     ]
     title = f"foreseen quickstart: {method}"
     path = folder / FILE_NAME
     write_html(path, title, parts)
     return path
+
+
+def _for_real(method: str) -> str:
+    """The commands for pictures of one's own, with a method."""
+    pretrain, changed, finetune = _FOR_REAL.get(method, (f"{method}_pets", "", "pets model.name=null model.args=null"))
+    return (
+        "foreseen data pack MY_PICTURES shards/mine --max-side 500\n"
+        f"foreseen pretrain {pretrain} data.path=shards/mine{changed}\n"
+        f"foreseen probe runs/{pretrain}/encoder MY_LABELLED\n"
+        f"foreseen finetune {finetune} data.path=MY_LABELLED data.validation_fraction=0.1 batch.global_size=64 \\\n"
+        f"    model.init_from=runs/{pretrain}/encoder --controls"
+    )
 
 
 def _table(record: dict[str, Any]) -> str:
