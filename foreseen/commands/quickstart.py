@@ -15,9 +15,14 @@ TRAIN, TEST, SIZE_PX = 6000, 1200, 48
 SEEDS = 5
 _RECIPE = "{}_cpu_minutes"
 _SHORTER = {  # of recipes that take longer than the rest of it, to be done within minutes
-    "dino": ("run.steps=450", "optim.warmup_steps=45"),
-    "ibot": ("run.steps=350", "optim.warmup_steps=35"),
-    "dinov2": ("run.steps=350", "optim.warmup_steps=35"),
+    "dino": ("run.steps=350", "optim.warmup_steps=35", "run.log_every=50"),
+    "ibot": ("run.steps=300", "optim.warmup_steps=30", "run.log_every=50"),
+    "dinov2": ("run.steps=300", "optim.warmup_steps=30", "run.log_every=50"),
+}
+_FINETUNING = {  # of networks that want other rates than a plain ViT (by validation, on other seeds), or more time
+    "dino": ("optim.base_lr=8e-3", "optim.layer_decay=null"),
+    "ibot": ("run.steps=250",),
+    "dinov2": ("run.steps=250",),
 }
 _PROBE = ("probe.every=1000", "probe.samples=1800", "probe.validation_fraction=0.33")
 
@@ -74,7 +79,7 @@ def configs(out: Path, method: str, seed: int) -> "tuple[Config, Config]":
     probe = ["run.log_every=250", "probe.labels=true", *_PROBE]
     shorter = _SHORTER.get(method, ())
     pretraining = load_recipe("pretrain", _RECIPE.format(method), [*common, *probe, *shorter])
-    finetuning = load_recipe("finetune", "cpu_minutes", common)
+    finetuning = load_recipe("finetune", "cpu_minutes", [*common, *_FINETUNING.get(method, ())])
     views, model = pretraining.views, pretraining.model
     # Scratch runs before there is an encoder to take these from.
     shared = {"mean": views.mean or IMAGENET_MEAN, "std": views.std or IMAGENET_STD}

@@ -21,6 +21,11 @@ _FOR_REAL = {  # recipes that pretrain and fine-tune, and what to change in the 
     "mae": ("mae_vit_b16", " batch.global_size=1024 batch.micro_size=128", "vit_b16_mae"),
     "beit": ("beit_pets", "", "pets_beit"),
 }
+_CAPTIONS = {  # of TensorBoard's pictures, where their name says too little
+    "global": "Large crops of some pictures, which both networks see; crops of one picture should get one answer.",
+    "local": "Small crops of the same pictures, which the student alone sees.",
+    "global, masked": "The large crops with the patches greyed out that the student has to guess.",
+}
 _ZOOM = 2  # the pictures are small
 
 
@@ -56,8 +61,11 @@ def write_page(folder: Path, pretraining: "Config", plan: "Plan") -> Path:
             "Twelve breeds, told apart by ears, face and coat; colour, pose, light and background say nothing.",
             "plot",
         ),
-        f"<h2>What {html.escape(method)} learned without labels</h2>",
-        *(figure(image, caption) for caption, image in _pictures(pretraining.run.dir / "tensorboard").items()),
+        f"<h2>{html.escape(method)}, without labels</h2>",
+        *(
+            figure(image, _CAPTIONS.get(name, name), "pixels")
+            for name, image in _pictures(pretraining.run.dir / "tensorboard").items()
+        ),
         figure(
             _curves(pretraining, plan),
             "Pretraining's loss; how often the frozen encoder's nearest neighbours name the breed, from before the "
@@ -132,7 +140,7 @@ def _scores(record: dict[str, Any]) -> "Figure":
         axes.plot([arm["mean"]] * 2, [row - 0.25, row + 0.25], color=_DARK, linewidth=2)
     axes.set_yticks(range(len(arms)), [arm["title"] for arm in arms])
     axes.invert_yaxis()
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max(1.0, 1.03 * max(score for arm in arms for score in arm["test"])))
     axes.set_xlabel("test top-1, %")
     axes.grid(axis="x", alpha=0.3)
     return figure
