@@ -292,7 +292,7 @@ class Optim(Section):
     """The optimizer and its schedule, a pure function of the step."""
 
     name: str = "adamw"
-    """A name that timm's optimizer factory knows; adamw is torch's fused one."""
+    """A name that timm's optimizer factory knows; adamw is torch's fused one, lars that of DINO's code."""
     base_lr: float = Field(gt=0)
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     """The lr is base_lr × global_size / lr_reference_batch, times its square root, or base_lr as it stands."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from foreseen.config import Optim
+from foreseen.engine.lars import LARS
 from foreseen.engine.objective import ParameterRule
 from foreseen.engine.schedule import cosine, scaled_lr, warmup_cosine
 from foreseen.errors import BadInput
@@ -167,6 +168,8 @@ class SteppedOptimizer:
 def _build(groups: list[dict[str, Any]], optim: Optim, lr: float) -> Optimizer:
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
+    if optim.name == "lars":
+        return LARS(groups, lr)
     try:
         info = get_optimizer_info(optim.name)
         known: dict[str, Any] = {"betas": optim.betas} if info.has_betas else {}

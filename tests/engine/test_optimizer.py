@@ -8,6 +8,7 @@ from foreseen.config import Optim
 from foreseen.engine.objective import ParameterRule
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.errors import BadInput
+from tests.golden_cases import load_case
 
 
 def _optimizer(module: nn.Module, rules: dict[str, ParameterRule] | None = None, **optim: object) -> SteppedOptimizer:
@@ -21,7 +22,7 @@ def _give_gradients(module: nn.Module, value: float = 1.0) -> None:
         parameter.grad = torch.full_like(parameter, value)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "sgd"])
 def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
     module = nn.Linear(3, 2)
     optimizer = _optimizer(module, name=name)
@@ -39,7 +40,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
     assert numbers == numbers_after
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "sgd"])
 def test_state_that_was_taken_and_put_back_gives_the_same_next_step(name: str) -> None:
     torch.manual_seed(0)
     one, two = nn.Linear(3, 2), nn.Linear(3, 2)
@@ -56,7 +57,7 @@ def test_state_that_was_taken_and_put_back_gives_the_same_next_step(name: str) -
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "sgd"])
 def test_going_back_to_the_beginning_forgets_every_step(name: str) -> None:
     module = nn.Linear(3, 2)
     start = {key: value.clone() for key, value in module.state_dict().items()}
@@ -99,6 +100,32 @@ def test_lamb_has_the_numbers_of_another_implementation() -> None:
     for name, numbers in expected.items():
         found = module[name].detach().flatten()
         torch.testing.assert_close(found, torch.tensor(numbers, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lars_has_the_authors_numbers(dtype: torch.dtype) -> None:
+    case, tensors = load_case("dino", "lars")
+    asked, out = case["config"], "out64" if dtype == torch.float64 else "out"
+    module = nn.Module()
+    for name in ("w", "z", "b"):
+        start = torch.zeros_like(tensors["in/w"]) if name == "z" else tensors[f"in/{name}"]
+        module.register_parameter(name, nn.Parameter(start.to(dtype)))
+    optimizer = _optimizer(
+        module,
+        {name: ParameterRule(decay=name != "b") for name in ("w", "z", "b")},
+        name="lars",
+        base_lr=asked["lr"],
+        min_lr=asked["lr"],
+        weight_decay=asked["weight_decay"],
+    )
+    for step in range(3):
+        for name, parameter in module.named_parameters():
+            parameter.grad = tensors["in/gb" if name == "b" else "in/gw"][step].to(dtype)
+        optimizer.step(step, torch.tensor(True))
+        for name, parameter in module.named_parameters():
+            expected = tensors[f"{out}/{name}.{step}"]
+            exact = 1e-12 if dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(parameter.detach(), expected, rtol=10 * exact, atol=exact)
 
 
 def test_rules_scale_the_lr_and_switch_decay_off() -> None:
