@@ -128,5 +128,6 @@ def _online_probe(
         options,
         BatchBuilder.configured(pictures, Request(views=(seen.view(),)), config),
         has_labels=options.data is not None or options.labels,
+        has_start=config.model.init_from is not None,
         seed=config.data.subset_seed,
     )

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 class LARS(Optimizer):
     """Momentum over gradients rescaled, tensor by tensor, to a share of the weights' norm.
 
-    A matrix or kernel w with gradient g moves along u = g + weight_decay × w, scaled by trust × |w| / |u|, or by 1 where
-    one of the norms is 0. Vectors (biases, norms) are not rescaled.
+    A matrix or kernel w with gradient g moves along u = g + weight_decay × w, scaled by trust × |w| / |u|, or by 1
+    where one of the norms is 0. Vectors (biases, norms) are not rescaled.
 
     Args:
         params: parameters or groups.

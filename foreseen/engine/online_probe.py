@@ -33,18 +33,22 @@ class OnlineProbe:
         options: the config's section, with `every`.
         builder: of what is looked at, with one view: the encoder's own preprocessing.
         has_labels: judge by the labels of its shards; else by the spectrum alone.
+        has_start: the run begins from weights that have learned something, which each probe is compared with.
         seed: chooses the pictures and the cut.
 
     Raises:
         BadInput: there are no labels to judge by, or too few.
     """
 
-    def __init__(self, options: config.Probe, builder: BatchBuilder, *, has_labels: bool, seed: int) -> None:
+    def __init__(
+        self, options: config.Probe, builder: BatchBuilder, *, has_labels: bool, has_start: bool, seed: int
+    ) -> None:
         self._options = options
         self._seed = seed
         self._builder = builder
         shards = builder.shards
         self._every = options.every or 0
+        self._has_start = has_start
         self._history: dict[int, dict[str, float]] = {}
         self._began, self._spent_s = time.perf_counter(), 0.0
         if has_labels:
@@ -91,7 +95,7 @@ class OnlineProbe:
             workers=workers,
         )  # fmt: skip
         found = probe(extracted.features, self._exam(extracted))
-        sentence = verdict(found, self._history)
+        sentence = verdict(found, self._history, has_start=self._has_start)
         self._history[step] = found.values()
         seconds = time.perf_counter() - began
         self._spent_s += seconds

@@ -20,6 +20,7 @@ from foreseen.engine.saving import is_due, is_scheduled, restore, save
 from foreseen.engine.trainer import Trainer
 from foreseen.engine.watch import look
 from foreseen.errors import BadInput
+from foreseen.masked import masked
 
 
 def train(job: Job, accelerator: Accelerator) -> Outcome:
@@ -102,6 +103,11 @@ def _say_what_to_know(trainer: Trainer, log: RunLog) -> None:
     config, objective, micro_size = trainer.job.config, trainer.job.objective, trainer.layout.micro_size
     for note in (*trainer.feed.notes, *objective.notes):
         log.say(note)
+    if trainer.job.verb == "pretrain" and config.model.init_from is not None and trainer.job.probe is None:
+        log.say(
+            f"the run begins from {masked(config.model.init_from)}, and nothing compares with that: set "
+            "probe.every=500, and a labelled set in probe.data where there is one"
+        )
     if trainer.optimizer.waits_for_device:
         log.say(
             f"optim.name {config.optim.name} learns on the host whether a step is finite, so every step waits for the "

@@ -44,6 +44,31 @@ def test_without_labels_the_rank_is_compared_with_the_last_trained_one(earlier: 
     assert sentence.endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("top1", "earlier", "said"),
+    [
+        (
+            0.10,
+            {0: 0.8, 500: 0.1},
+            "getting worse. The weights that the run began from had 80.0%, more: take them instead",
+        ),
+        (0.81, {0: 0.8, 500: 0.7}, "no clear change. The weights that the run began from had 80.0%"),
+        (0.90, {500: 0.8}, "; up from 80.0% at step 500: learning"),
+        (0.90, {}, "10.0%"),
+    ],
+)
+def test_a_run_that_began_from_weights_is_compared_with_them(top1: float, earlier: dict[int, float], said: str) -> None:
+    probes = {step: {"knn_top1": value} for step, value in earlier.items()}
+    assert verdict(_by_labels(top1), probes, has_start=True).endswith(said)
+    assert "began from" not in verdict(_by_labels(top1), probes)
+
+
+def test_without_labels_it_is_compared_with_their_rank() -> None:
+    found, ranks = Probe(128, True, 30.0, 40.0, 1.2, 0.1), {0: 90.0, 500: 40.0}
+    sentence = verdict(found, {step: {"rankme_centred": rank} for step, rank in ranks.items()}, has_start=True)
+    assert sentence.endswith("no clear change. The weights that the run began from had 90, more: the run has lost some")
+
+
 def test_collapse_is_said_plainly() -> None:
     line = torch.linspace(-1, 1, 100)[:, None] * torch.arange(1.0, 9.0)
     assert verdict(probe(line), {}) == "the features have collapsed: the pictures differ along one line only"

@@ -41,7 +41,7 @@ def _run(tmp_path: Path, small_shards: Path, learnt: Path, method: str, *overrid
 
 @pytest.mark.parametrize("method", ["dino", "ibot", "dinov2"])
 def test_a_backbone_stands_still_while_its_heads_warm_up(
-    method: str, tmp_path: Path, small_shards: Path, learnt: Path
+    method: str, tmp_path: Path, small_shards: Path, learnt: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = _run(tmp_path, small_shards, learnt, method, "method.head_warmup_steps=4", "probe.every=4")
     before, after = (timm.create_model(f"local-dir:{path}", pretrained=True) for path in (learnt, folder / "encoder"))
@@ -50,8 +50,16 @@ def test_a_backbone_stands_still_while_its_heads_warm_up(
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     probed = [line["probe/rankme"] for line in lines if "probe/rankme" in line]
     assert probed[0] == pytest.approx(probed[1]), "the first probe is of the weights that the run begins from"
+    assert "The weights that the run began from had" in capsys.readouterr().out
     assert {"teacher_entropy", "kl", "health/prototypes_used", "health/center_norm", "health/feature_rank",
             "health/patch_diversity", "peak_memory_gb"} <= lines[-2].keys() | lines[-1].keys()  # fmt: skip
+
+
+def test_a_run_that_nothing_compares_with_its_start_says_so(
+    tmp_path: Path, small_shards: Path, learnt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(tmp_path, small_shards, learnt, "dino")
+    assert "nothing compares with that: set probe.every" in capsys.readouterr().out
 
 
 def test_then_its_first_layers_move_least(tmp_path: Path, small_shards: Path, learnt: Path) -> None:
