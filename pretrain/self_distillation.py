@@ -215,9 +215,10 @@ class SelfDistillation(Objective):
             if not parameter.requires_grad:
                 continue
             part, _, rest = name.partition(".")
-            scale, frozen, drops = 1.0, 0, False
+            scale, frozen, ramp, drops = 1.0, 0, 0, False
             if part == "backbone":
-                scale, frozen = scales.get(rest, 1.0), self.options.head_warmup_steps
+                scale, frozen = scales.get(rest, 1.0), self.plan.head_steps
+                ramp = frozen
                 scale *= self.options.patch_embed_lr_scale if rest.startswith("patch_embed.") else 1.0
             elif part == "mask_token":
                 part, scale = "backbone", lowest
@@ -227,6 +228,7 @@ class SelfDistillation(Objective):
                 decay=parameter.ndim > 1 and not name.endswith(".bias"),
                 lr_scale=scale,
                 frozen_steps=frozen,
+                ramp_steps=ramp,
                 drops_gradient=drops,
                 clip_group=part,
             )

@@ -5,8 +5,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from foreseen.config import Config, MethodOptions
+from foreseen.config import Config, MethodOptions, Optim
 from foreseen.data.multicrop import MultiCrop
+from foreseen.engine.schedule import scaled_lr
 from foreseen.models.position import PositionResize
 from foreseen.pretrain import small_machines
 from foreseen.pretrain.small_machines import Size
@@ -43,8 +44,9 @@ class SelfDistillationOptions(MethodOptions):
     """What that running mean keeps of itself at each step."""
     freeze_last_layer_epochs: float = Field(1.0, ge=0)
     """The prototypes are not trained for so long."""
-    head_warmup_steps: int = Field(0, ge=0)
-    """For so many first steps the heads alone are trained, for a backbone that begins from `model.init_from`."""
+    head_warmup_steps: int | None = Field(None, ge=0)
+    """For so many first steps the heads alone are trained, for a backbone that begins from `model.init_from`; over as
+    many more the backbone's lr rises to its own. Null takes a tenth of the run, at most 1,000 steps."""
     patch_embed_lr_scale: float = Field(1.0, gt=0)
     """Factor on the lr of a ViT's patch embedding, on top of `optim.layer_decay`."""
     position_resize: PositionResize = "offset"
@@ -102,6 +104,7 @@ class Plan:
         momentum: of the teacher at the first step.
         temperature_steps: of the temperature's warm-up, if no epochs are stated for it.
         frozen_steps: of the last layer.
+        head_steps: in which the backbone stands still.
         grace_steps: before collapse is looked for.
         notes: sentences about it.
     """
@@ -110,6 +113,7 @@ class Plan:
     momentum: float
     temperature_steps: int
     frozen_steps: int
+    head_steps: int
     grace_steps: int
     notes: tuple[str, ...] = ()
 
@@ -127,17 +131,54 @@ class Plan:
             of_warmup = of_temperature if options.teacher_temp != options.warmup_teacher_temp else None
         else:
             temperature_steps, of_warmup = round(epochs * size.steps_per_epoch), None
-        of_average = None
-        if config.optim.ema_decay is not None:
-            of_average = (
-                f"optim.ema_decay {config.optim.ema_decay} averages the student, but what is scored and handed over is "
-                "the teacher, an average already (method.teacher_momentum): optim.ema_decay=null spares the memory"
+        frozen_steps = round(options.freeze_last_layer_epochs * size.steps_per_epoch)
+        head_steps, of_heads = small_machines.head_warmup(
+            options.head_warmup_steps, size, begins_from_weights=config.model.init_from is not None
+        )
+        notes = (
+            _of_lr(config.optim, size.global_size),
+            of_prototypes,
+            of_momentum,
+            of_warmup,
+            of_heads,
+            small_machines.too_long(
+                "method.freeze_last_layer_epochs", frozen_steps, size, "the prototypes are never trained"
+            ),
+            small_machines.too_long(
+                "method.warmup_teacher_temp_epochs", temperature_steps, size, "the teacher's temperature never arrives"
             )
+            if options.teacher_temp != options.warmup_teacher_temp
+            else None,
+            small_machines.too_long("method.head_warmup_steps", head_steps, size, "the backbone never moves"),
+            _of_average(config.optim),
+        )
         return cls(
             prototypes=prototypes,
             momentum=momentum,
             temperature_steps=temperature_steps,
-            frozen_steps=round(options.freeze_last_layer_epochs * size.steps_per_epoch),
-            grace_steps=(config.optim.warmup_steps or 0) + options.head_warmup_steps,
-            notes=tuple(note for note in (of_prototypes, of_momentum, of_warmup, of_average) if note is not None),
+            frozen_steps=frozen_steps,
+            head_steps=head_steps,
+            grace_steps=(config.optim.warmup_steps or 0) + head_steps,
+            notes=tuple(note for note in notes if note is not None),
         )
+
+
+def _of_lr(optim: Optim, global_size: int) -> str | None:
+    reference = optim.lr_reference_batch
+    if optim.lr_scaling == "none" or global_size == reference:
+        return None
+    share = f"{global_size} / {reference}"
+    factor = share if optim.lr_scaling == "linear" else f"the square root of {share}"
+    peak = scaled_lr(optim.base_lr, optim.lr_scaling, global_size, reference)
+    return (
+        f"peak lr {peak:.4g}: optim.base_lr {optim.base_lr:.4g} × {factor}, as optim.lr_scaling={optim.lr_scaling} says"
+    )
+
+
+def _of_average(optim: Optim) -> str | None:
+    if optim.ema_decay is None:
+        return None
+    return (
+        f"optim.ema_decay {optim.ema_decay} averages the student, but what is scored and handed over is the teacher, "
+        "an average already (method.teacher_momentum): optim.ema_decay=null spares the memory"
+    )

@@ -12,6 +12,7 @@ from foreseen.config import Config
 _MOST_PROTOTYPES, _FEWEST_PROTOTYPES = 65_536, 256
 _MOMENTUM, _MOMENTUM_BATCH = 0.996, 1024  # DINO's
 _TEACHER_MEMORIES = 20  # of the teacher in a run, at least
+_HEADS_SHARE, _HEADS_STEPS = 0.1, 1000  # of the run; new heads settle within some hundred steps
 _WARMUP_SHARE, _WARMUP_STEPS = 0.3, 37_500  # 30 of 100 epochs of ImageNet at 1024 a step
 
 
@@ -79,11 +80,15 @@ def teacher_momentum(asked: float | None, size: Size) -> tuple[float, str | None
             it would hold fewer than 20 such memories.
         size: of the run.
     """
-    if asked is not None:
-        return asked, None
     scaled = _MOMENTUM ** (size.global_size / _MOMENTUM_BATCH)
     most = max(0.9, 1.0 - _TEACHER_MEMORIES / size.steps)
     momentum = min(scaled, most)
+    if asked is not None:
+        memory = 1 / (1 - asked)
+        return asked, None if memory <= size.steps / 2 else (
+            f"method.teacher_momentum {asked} remembers {memory:,.0f} steps, and the run has {size.steps:,}: the "
+            f"teacher hardly leaves its start; method.teacher_momentum=null takes {momentum:.5g}"
+        )
     reason = (
         f"{_MOMENTUM} at {_MOMENTUM_BATCH} a step, raised to the power {size.global_size}/{_MOMENTUM_BATCH}"
         if scaled <= most
@@ -99,3 +104,35 @@ def temperature_warmup(size: Size) -> tuple[int, str]:
         f"method.warmup_teacher_temp_epochs {steps / size.steps_per_epoch:.3g} ({steps:,} steps): {_WARMUP_SHARE:.0%} "
         f"of the run, at most {_WARMUP_STEPS:,} steps"
     )
+
+
+def head_warmup(asked: int | None, size: Size, *, begins_from_weights: bool) -> tuple[int, str | None]:
+    """Steps for which new heads alone are trained, and a sentence about it where there is something to say.
+
+    Args:
+        asked: by the config; null takes a tenth of the run, at most 1,000 steps, where the backbone has learned
+            something that new heads would destroy, and 0 else.
+        size: of the run.
+        begins_from_weights: whether it has.
+    """
+    if asked is not None:
+        return asked, None
+    if not begins_from_weights:
+        return 0, None
+    steps = min(round(_HEADS_SHARE * size.steps), _HEADS_STEPS)
+    return steps, (
+        f"method.head_warmup_steps {steps:,}: {_HEADS_SHARE:.0%} of the run, at most {_HEADS_STEPS:,} steps, in which "
+        "new heads learn and the backbone, which begins from weights, stands still"
+    )
+
+
+def too_long(key: str, steps: int, size: Size, what: str) -> str | None:
+    """A sentence where something that should be a part of a run takes all of it.
+
+    Args:
+        key: of the config.
+        steps: that it takes.
+        size: of the run.
+        what: comes of it.
+    """
+    return f"{key} is {steps:,} steps, and the run has {size.steps:,}: {what}" if steps >= size.steps else None

@@ -71,6 +71,7 @@ class ParameterRule:
         decay: whether weight decay applies.
         lr_scale: factor on the lr; layer decay makes it less than 1 towards the input, and 0 freezes for good.
         frozen_steps: for so many first steps the lr is zero; `requires_grad` must not be used for that.
+        ramp_steps: over so many steps more it rises to what it is else.
         drops_gradient: while it is frozen the optimizer does not see its gradient either, so that moments begin after.
         clip_group: parameters of one name are clipped together where `optim.clip_per` is "module".
     """
@@ -78,6 +79,7 @@ class ParameterRule:
     decay: bool = True
     lr_scale: float = 1.0
     frozen_steps: int = 0
+    ramp_steps: int = 0
     drops_gradient: bool = False
     clip_group: str = ""
 

@@ -107,7 +107,8 @@ class SteppedOptimizer:
         lr, weight_decay = self.lr(step), self.weight_decay(step)
         for group, rule in zip(self.optimizer.param_groups, self._rules, strict=True):
             frozen = step < rule.frozen_steps
-            group["lr"] = 0.0 if frozen else lr * rule.lr_scale
+            risen = min(1.0, (step - rule.frozen_steps + 1) / max(1, rule.ramp_steps))
+            group["lr"] = 0.0 if frozen else lr * rule.lr_scale * risen
             group["weight_decay"] = weight_decay if rule.decay else 0.0
             if frozen and rule.drops_gradient:
                 for parameter in group["params"]:

@@ -139,6 +139,17 @@ def test_rules_scale_the_lr_and_switch_decay_off() -> None:
     assert (groups[1]["lr"], groups[1]["weight_decay"]) == (pytest.approx(0.05), 0.0)
 
 
+def test_after_it_was_frozen_the_lr_rises_over_the_ramp() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    optimizer = _optimizer(module, {"weight": ParameterRule(frozen_steps=2, ramp_steps=4)}, name="sgd", min_lr=0.1)
+    rates = []
+    for step in range(8):
+        _give_gradients(module)
+        optimizer.step(step, torch.tensor(True))
+        rates.append(optimizer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0, 0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
 def test_a_frozen_parameter_stands_still_until_its_time() -> None:
     module = nn.Linear(3, 2)
     rules = {"weight": ParameterRule(frozen_steps=2), "bias": ParameterRule()}

@@ -409,10 +409,9 @@ def test_heads_warm_up_before_a_backbone_that_has_learnt() -> None:
     from dataclasses import replace
 
     objective = _small()
-    objective.options = objective.options.model_copy(update={"head_warmup_steps": 7})
-    objective.plan = replace(objective.plan, frozen_steps=0)
+    objective.plan = replace(objective.plan, frozen_steps=0, head_steps=7)
     rules = objective.parameter_rules(0.5)
-    assert {rule.frozen_steps for name, rule in rules.items() if ".backbone." in name} == {7}
+    assert {(rule.frozen_steps, rule.ramp_steps) for name, rule in rules.items() if ".backbone." in name} == {(7, 7)}
     assert {rule.frozen_steps for name, rule in rules.items() if ".head." in name} == {0}
     assert rules["student.backbone.patch_embed.proj.weight"].lr_scale == 0.5**3
     assert rules["student.backbone.blocks.1.attn.qkv.weight"].lr_scale == 0.5

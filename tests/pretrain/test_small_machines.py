@@ -4,7 +4,8 @@ import pytest
 
 from foreseen.commands.verbs import load_recipe
 from foreseen.pretrain.dino import DINO
-from foreseen.pretrain.small_machines import Size, prototypes, teacher_momentum, temperature_warmup
+from foreseen.pretrain.self_distillation_options import Plan
+from foreseen.pretrain.small_machines import Size, head_warmup, prototypes, teacher_momentum, temperature_warmup
 
 IMAGENET = Size(1_281_167, 1024, 125_000)
 PETS = Size(3_312, 256, 5_200)
@@ -54,7 +55,8 @@ def test_the_reasons_are_among_the_runs_notes() -> None:
         "method.out_dim", "method.teacher_momentum", "method.warmup_teacher_temp_epochs",
     ]  # fmt: skip
     stated = load_recipe("pretrain", "dino_vit_s16", [*small[:1], "method.hidden_dim=32", "views.size=32"])
-    assert DINO.build(stated.with_length(1_281_167)).notes == ()
+    (of_lr,) = DINO.build(stated.with_length(1_281_167)).notes
+    assert of_lr.startswith("peak lr 0.002: optim.base_lr 0.0005 × 1024 / 256")
 
 
 def test_a_run_with_an_average_is_told_that_the_teacher_is_handed_over() -> None:
@@ -63,3 +65,33 @@ def test_a_run_with_an_average_is_told_that_the_teacher_is_handed_over() -> None
     (note,) = [note for note in DINO.build(config.with_length(3_312)).notes if note.startswith("optim.ema_decay 0.999")]
     assert "the teacher" in note
     assert "optim.ema_decay=null" in note
+
+
+def test_heads_warm_up_where_the_backbone_has_something_to_lose() -> None:
+    assert head_warmup(None, LAPTOP, begins_from_weights=False) == (0, None)
+    steps, reason = head_warmup(None, LAPTOP, begins_from_weights=True)
+    assert steps == 200
+    assert reason is not None
+    assert "method.head_warmup_steps 200: 10% of the run" in reason
+    assert head_warmup(None, IMAGENET, begins_from_weights=True)[0] == 1000
+    assert head_warmup(3, LAPTOP, begins_from_weights=True) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lr_scaling=linear", "peak lr 0.00075: optim.base_lr 0.003 × 64 / 256, as optim.lr_scaling=linear says"),
+        ("optim.lr_scaling=sqrt", "peak lr 0.0015: optim.base_lr 0.003 × the square root of 64 / 256"),
+        ("method.teacher_momentum=0.9999", "remembers 10,000 steps, and the run has 2,600: the teacher hardly leaves"),
+        ("method.freeze_last_layer_epochs=100", "9,375 steps, and the run has 2,600: the prototypes are never trained"),
+        ("method.warmup_teacher_temp=0.03 method.warmup_teacher_temp_epochs=99", "temperature never arrives"),
+        ("model.init_from=x method.head_warmup_steps=9999", "9,999 steps, and the run has 2,600: the backbone never"),
+    ],
+)
+def test_what_makes_no_sense_is_told_and_kept(override: str, said: str) -> None:
+    def notes(*overrides: str) -> tuple[str, ...]:
+        return Plan.of(load_recipe("pretrain", "dino_cpu_minutes", list(overrides)).with_length(6000)).notes
+
+    assert notes() == ()
+    (note,) = notes(*override.split())
+    assert said in note
