@@ -50,6 +50,8 @@ def packed_pictures(path: Path, size: int) -> tuple[Labelled, int]:
     for split in ("train", "test"):
         shards = ShardSet.open(path, split)
         sweep = SweepDataset(BatchBuilder(shards, request, 0), 64)
+        if shards.labels is None:
+            sys.exit(f"split {split} of {path} has no labels to name")
         batches = load(sweep, range(len(sweep)), workers=0, pin_memory=False)
         images = [finish(batch, request, torch.device("cpu"), torch.float32).images[view.name] for batch in batches]
         found.append(Labelled(torch.cat(images), torch.from_numpy(shards.labels.astype(np.int64))))
@@ -112,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
 
     shards = options.data or options.runs / "shards"
-    if not (shards / "manifest.json").is_file():
+    if options.data is None and not (shards / "manifest.json").is_file():
         write_procedural_pets(shards, train=options.train, test=options.test, size=options.size)
     (images, labels), cut = (
         packed_pictures(shards, options.size)
@@ -127,6 +129,8 @@ def main() -> None:
         folder = options.runs / f"{Path(options.recipe).stem}-{seed}"
         frozen = frozen_encoder(str(pretrain(options.recipe, seed, folder, shards, options.set)))
         wants = frozen.preprocessing
+        if wants.size != (options.size, options.size):
+            sys.exit(f"{folder / 'encoder'} sees {wants.size[0]} x {wants.size[1]} px: give it as --size")
         torch.manual_seed(seed)
         drawn = timm.create_model(f"local-dir:{folder / 'encoder'}", pretrained=False, num_classes=0)
         see(drawn, images[:cut], wants.mean, wants.std)

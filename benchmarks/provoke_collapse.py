@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--runs", nargs="+", choices=(*PROVOKED, "healthy"), default=(*PROVOKED, "healthy"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the healthy runs")
-    parser.add_argument("--steps", type=int, default=300, help="of the healthy runs")
+    parser.add_argument("--steps", type=int, default=700, help="of the healthy runs")
     parser.add_argument("--batch", type=int, default=16, help="of the healthy runs")
     parser.add_argument("--train", type=int, default=2000, help="pictures")
     parser.add_argument("--keep", type=Path, help="an empty folder for the runs, with their metrics.jsonl")

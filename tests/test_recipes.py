@@ -313,7 +313,9 @@ def test_the_published_self_distillation_is_built_at_full_size(paper: SelfDistil
     assert rules["student.head.last_layer.weight_v"].frozen_steps == paper.frozen_steps
     assert trained["student.head.last_layer.weight_v"].shape == (paper.prototypes, 256)
     assert (optim.weight_decay, optim.weight_decay_end) == (0.04, 0.4)
-    assert objective.notes == ()
+    (of_lr,) = objective.notes[:1]
+    assert of_lr.startswith(f"peak lr {peak:.4g}: ")
+    assert not any("never" in note or "hardly" in note for note in objective.notes)
 
 
 def test_dino_trains_a_resnet_as_its_readme_states() -> None:

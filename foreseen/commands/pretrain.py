@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (see `foreseen recipes`) or the path of a YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides, such as optim.base_lr=1e-3.")] = None,
+    on_collapse: Annotated[
+        str | None,
+        typer.Option(
+            help="For DINO, iBOT and DINOv2, short for method.on_collapse=: warn or stop.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Pretrain a backbone; goes on by itself when the run folder holds a checkpoint."""
     from foreseen.commands.verbs import leave, load_recipe
 
-    leave(run(load_recipe("pretrain", recipe, overrides or [])).preempted)
+    short = [] if on_collapse is None else [f"method.on_collapse={on_collapse}"]
+    leave(run(load_recipe("pretrain", recipe, [*(overrides or []), *short])).preempted)
 
 
 def run(config: "Config") -> "Outcome":

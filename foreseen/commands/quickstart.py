@@ -19,7 +19,7 @@ _SHORTER = {  # of recipes that take longer than the rest of it, to be done with
     "ibot": ("run.steps=300", "optim.warmup_steps=30", "run.log_every=50"),
     "dinov2": ("run.steps=300", "optim.warmup_steps=30", "run.log_every=50"),
 }
-_FINETUNING = {  # of networks that want other rates than a plain ViT (by validation, on other seeds), or more time
+_FINETUNING = {  # of networks that want other rates than a plain ViT (by validation, on other seeds), or are slower
     "dino": ("optim.base_lr=8e-3", "optim.layer_decay=null"),
     "ibot": ("run.steps=250",),
     "dinov2": ("run.steps=250",),
@@ -122,7 +122,7 @@ def _live(jobs: "Jobs", pretraining: "Config", plan: "Plan") -> str:
     print(f"2. Pretrain a tiny {network} on them without labels ({method}). Beside it, the same learns from scratch")
     print(f"   on {shots} labels a breed, by four recipes, of which validation chooses one: the same as the pretrained")
     print(
-        "   side's (scratch-same), and its own, without layer decay, at three rates. About four minutes in all.",
+        "   side's (scratch-same), and its own, without layer decay, at three rates. Four to five minutes in all.",
         flush=True,
     )
     pretrained = jobs.submit("pretrain", pretraining)

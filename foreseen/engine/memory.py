@@ -80,7 +80,7 @@ def advise_on_steps(config: Config, layout: BatchLayout, objective: Objective) -
         )
     smaller_groups = ""
     if (ungrouped := _smaller(layout, 1)) and (groups := objective.group_advice(ungrouped)):
-        smaller_groups = f"set batch.micro_size={ungrouped} and {groups}, "
+        smaller_groups = f"set batch.micro_size={ungrouped} and {groups} (other results), or "
     return (
         "no smaller one fits and activations are not kept, so "
         f"{smaller_groups}lower views.size or choose a smaller model.name"

@@ -34,8 +34,8 @@ def check_size(model: nn.Module, size: tuple[int, int], key: str, own: tuple[int
     fitting = [list(each) for each in dict.fromkeys([*multiples, own]) if _takes(skeleton, (each[0], each[1]))]
     can = f"it takes {', '.join(map(str, fitting))}" if fitting else "no size near it works either"
     raise BadInput(
-        f"{key} is {list(size)}, which {architecture_of(model)[0]} cannot take; {can}. ViTs with a class token, Swin "
-        "and convolutional backbones take many sizes"
+        f"{key} is {list(size)}, which {architecture_of(model)[0]} cannot take; {can}. Plain ViTs, Swin and "
+        "convolutional backbones take many sizes"
     )
 
 

@@ -34,6 +34,7 @@ def commands_of(page: str) -> list[str]:
         ("mae", 4),
         pytest.param("beit", 4, marks=pytest.mark.slow),
         pytest.param("dino", 5, marks=pytest.mark.slow),
+        pytest.param("ibot", 6, marks=pytest.mark.slow),
         pytest.param("dinov2", 6, marks=pytest.mark.slow),
     ],
 )

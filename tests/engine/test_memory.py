@@ -151,7 +151,7 @@ def test_it_says_how_a_smaller_micro_batch_may_cut_groups() -> None:
     objective.group = 4
     config = configure(Path("run"), compute__checkpoint_activations=True)
     advice = advise_on_steps(config, BatchLayout(8, 4), objective)
-    assert "so set batch.micro_size=2 and some.group to 2, lower views.size or choose" in advice
+    assert "so set batch.micro_size=2 and some.group to 2 (other results), or lower views.size" in advice
     assert "some.group" not in advise_on_steps(config, BatchLayout(1, 1), objective)
 
 

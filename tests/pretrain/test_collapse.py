@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from foreseen import cli
 from foreseen.commands import pretrain
 from foreseen.commands.verbs import load_recipe
+from foreseen.engine.job import Outcome
 from foreseen.errors import BadInput
 from foreseen.pretrain.collapse import CollapseAlarm
 from foreseen.pretrain.dino import DINO
@@ -136,6 +139,12 @@ PROVOKED = {
     "rank": ["optim.base_lr=0.05", "optim.weight_decay=1.0", "optim.weight_decay_end=1.0", "optim.warmup_steps=0"],
 }
 
+OF_PATCHES = {
+    "uniform": ["method.teacher_patch_temp=0.1", "method.warmup_teacher_patch_temp=0.1"],
+    "one-hot": ["method.patch_center_momentum=1.0"],
+}
+OF_METHOD = {"dinov2": ["method.patch_bottleneck_dim=32"]}
+
 
 def _short_run(folder: Path, pets: Path, *overrides: str) -> list[str]:
     return [
@@ -174,11 +183,23 @@ def test_a_stopped_run_saves_what_its_alarm_has_seen_and_takes_it_up(pets: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["dino", "ibot", "dinov2"])
 @pytest.mark.parametrize("sign", PROVOKED)
-def test_a_provoked_collapse_stops_the_run_within_500_steps(sign: str, pets: Path, tmp_path: Path) -> None:
-    config = load_recipe("pretrain", "dino_cpu_minutes", _short_run(tmp_path / "run", pets, *PROVOKED[sign]))
+def test_a_provoked_collapse_stops_the_run_within_500_steps(sign: str, method: str, pets: Path, tmp_path: Path) -> None:
+    own = [*PROVOKED[sign], *(OF_PATCHES.get(sign, []) if method != "dino" else []), *OF_METHOD.get(method, [])]
+    config = load_recipe("pretrain", f"{method}_cpu_minutes", _short_run(tmp_path / "run", pets, *own))
     with pytest.raises(BadInput, match=rf"step \d+: COLLAPSE \({sign}\)"):
         pretrain.run(config)
+
+
+@pytest.mark.parametrize("word", ["stop", "warn"])
+def test_on_collapse_is_an_option_of_the_command(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(pretrain, "run", lambda config: asked.append(config) or Outcome(0, False, None))
+    CliRunner().invoke(
+        cli.app, ["pretrain", "dino_cpu_minutes", "seed=1", "--on-collapse", word], catch_exceptions=False
+    )
+    assert [(config.method.on_collapse, config.seed) for config in asked] == [(word, 1)]
 
 
 @pytest.mark.slow
