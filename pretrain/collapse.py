@@ -29,6 +29,10 @@ _SMALLEST_SPREAD = 5e-4  # share of the features' mean square that differs betwe
 
 _CENTRED = "raise method.teacher_momentum, lower optim.base_lr, or set method.centering=sinkhorn"
 _INFORMATION = "health/target_information"
+# Untrained features tell pictures apart and use all prototypes, so these two need not wait for a long warm-up to end;
+# targets of an untrained network are nearly uniform once they are centred (0.97 ln K), so the others do.
+_SOON = {"one-hot", "rank"}
+_SOON_STEPS = 300
 _MILDER = ("same", "weak")  # and not said besides another one
 _REMEDIES = {
     "uniform": (
@@ -56,7 +60,7 @@ class CollapseAlarm:
     """Says once, in one sentence, that a run has collapsed, and how to avoid it.
 
     A sign must last for 100 steps, targets that are the same for 300, weak ones for 1,000; and none counts before
-    `grace_steps`: at the start targets are near uniform.
+    `grace_steps`, or 300 steps for one-hot targets and for the rank: at the start targets are near uniform.
 
     Args:
         prototypes: K.
@@ -96,9 +100,9 @@ class CollapseAlarm:
             BadInput: the same sentence, where the run is to stop.
         """
         before, self._last = self._last, step
-        signs = self._signs(numbers) if step > self._grace_steps else set()
+        signs = {sign for sign in self._signs(numbers) if step > self._grace(sign)}
         self._said &= signs
-        self._since = {sign: self._since.get(sign, max(before, self._grace_steps)) for sign in sorted(signs)}
+        self._since = {sign: self._since.get(sign, max(before, self._grace(sign))) for sign in sorted(signs)}
         for sign in sorted(signs - self._said):
             graver = self._said - {"weak"} if sign == "same" else self._said
             if step - self._since[sign] < _LASTING_STEPS[sign] or (sign in _MILDER and graver):
@@ -109,6 +113,9 @@ class CollapseAlarm:
                 raise BadInput(sentence)
             return sentence
         return None
+
+    def _grace(self, sign: str) -> int:
+        return min(self._grace_steps, _SOON_STEPS) if sign in _SOON else self._grace_steps
 
     def _signs(self, numbers: Mapping[str, float]) -> set[str]:
         signs = set()

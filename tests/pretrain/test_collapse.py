@@ -123,9 +123,9 @@ def test_targets_that_become_the_same_are_told_though_weak_ones_were() -> None:
         alarm.look(3300, HEALTHY | WEAK | {"health/target_information": 0.01})
 
 
-def test_nothing_is_told_in_the_warm_up() -> None:
-    uniform = HEALTHY | COLLAPSED["uniform"]
-    assert _first_told(_alarm(grace_steps=700), uniform, 20) == 800
+@pytest.mark.parametrize(("sign", "step"), [("uniform", 800), ("same", 1000), ("one-hot", 400), ("rank", 400)])
+def test_in_a_long_warm_up_only_what_no_start_looks_like_is_told(sign: str, step: int) -> None:
+    assert _first_told(_alarm(grace_steps=700), HEALTHY | COLLAPSED[sign], 20) == step
 
 
 def test_the_run_stops_where_it_is_asked_to() -> None:
