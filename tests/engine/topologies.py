@@ -59,6 +59,8 @@ _HARDER_METHOD = {
     "beit": ["method.mask={num_masked: 7, min_block: 4, exact: false}"],
     "vqkd": ["method.revive_after=5"],
     "distill": ["optim.name=lamb"],
+    "dino": ["method.centering=centre"],
+    "ibot": ["method.centering=centre"],  # DINOv2 has Sinkhorn-Knopp
 }
 
 

@@ -55,6 +55,37 @@ def test_a_backbone_stands_still_while_its_heads_warm_up(
             "health/patch_diversity", "peak_memory_gb"} <= lines[-2].keys() | lines[-1].keys()  # fmt: skip
 
 
+def test_a_last_stage_at_a_higher_resolution_takes_over_all_but_the_positions(
+    tmp_path: Path, small_shards: Path, learnt: Path
+) -> None:
+    large = ["views.size=96", "method.crops.local_size=48", "method.head_warmup_steps=4"]
+    folder = _run(tmp_path, small_shards, learnt, "dinov2", *large)
+    before, after = (timm.create_model(f"local-dir:{path}", pretrained=True) for path in (learnt, folder / "encoder"))
+    assert after(torch.zeros(1, 3, 96, 96)).shape == before(torch.zeros(1, 3, 48, 48)).shape
+    positions = after.pos_embed
+    assert positions.shape[1] - before.pos_embed.shape[1] == 12 * 12 - 6 * 6
+    resized = timm.layers.resample_abs_pos_embed(before.pos_embed, [12, 12], num_prefix_tokens=1)
+    similar = torch.nn.functional.cosine_similarity(positions[0, 1:], resized[0, 1:], dim=-1)
+    assert similar.mean() > 0.95, "interpolated, not drawn anew"
+    kept = after.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in before.state_dict().items() if name != "pos_embed")
+
+
+@pytest.mark.parametrize("method", ["dino", "ibot", "dinov2"])
+def test_activations_computed_again_give_the_same_run(
+    method: str, tmp_path: Path, small_shards: Path, learnt: Path
+) -> None:
+    losses = []
+    for checkpointed in ("false", "true"):
+        overrides = [f"compute.checkpoint_activations={checkpointed}", "compute.precision=fp64", "optim.clip_grad=0.1"]
+        shuffled = ["model.drop_path_rate=0.3", "method.head_warmup_steps=0"]
+        folder = _run(tmp_path / checkpointed, small_shards, learnt, method, *overrides, *shuffled)
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines if '"loss"' in line])
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
 def test_a_run_that_nothing_compares_with_its_start_says_so(
     tmp_path: Path, small_shards: Path, learnt: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
