@@ -102,7 +102,7 @@ class Without(Section):
         return all(named is None or named == part for named, part in pairs)
 
 
-class Study(Section):
+class Study(Section, allow_inf_nan=True):  # its own check of the rates says it better
     """Every cell is one of each: labels, models, starts, augmentations. An entry that is null is left out."""
 
     seeds: int = Field(3, ge=1)

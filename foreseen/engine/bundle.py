@@ -41,7 +41,7 @@ class Sample(Section):
     """The sample that could not be read here, if there was one."""
 
 
-class Bundle(Section, ser_json_inf_nan="strings"):
+class Bundle(Section, ser_json_inf_nan="strings", allow_inf_nan=True):
     """What `bundle.json` says."""
 
     format: Literal[1] = 1

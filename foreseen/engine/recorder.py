@@ -31,7 +31,7 @@ HISTORY = 100  # good steps that a gradient norm is measured by
 Reason = Literal["non-finite", "exploding"]
 
 
-class Record(Section, ser_json_inf_nan="strings"):
+class Record(Section, ser_json_inf_nan="strings", allow_inf_nan=True):
     """The numbers of one step, the same on every rank."""
 
     step: int
