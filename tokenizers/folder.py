@@ -10,8 +10,6 @@ The checksum of config.json names the tokenizer: it covers the weights, whose ow
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from foreseen.errors import BadInput
-from foreseen.files import read_json, sha256_of, sync
+from foreseen.files import read_json, sha256_of
+from foreseen.handoff.publish import float32_state, published
 from foreseen.tokenizers.build import build_for, shapes_in
 from foreseen.tokenizers.kinds import KINDS
 from foreseen.tokenizers.tokenizer import Tokenizer
@@ -72,25 +71,9 @@ def save_tokenizer(
     Raises:
         BadInput: `folder` holds something else.
     """
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise BadInput(f"{folder} is there and is no tokenizer folder; remove it or choose another run.dir")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.parent / f".{folder.name}.{word}" for word in ("new", "old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # killed between the two renames below
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
+    with published(folder, "tokenizer folder") as new:
         _write(tokenizer, new, lineage, health, pictures)
         load_tokenizer(new)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(
@@ -100,12 +83,7 @@ def _write(
     health: Mapping[str, Any] | None,
     pictures: Image.Image | None,
 ) -> None:
-    folder.mkdir()
-    state = {
-        name: (value.float() if value.is_floating_point() else value).detach().cpu().clone().contiguous()
-        for name, value in tokenizer.state_dict().items()
-    }
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(float32_state(tokenizer), folder / "model.safetensors", metadata={"format": "pt"})
     described = {
         "format": 1,
         "kind": tokenizer.kind,
@@ -119,9 +97,6 @@ def _write(
         (folder / "health.json").write_text(json.dumps(health, indent=2) + "\n")
     if pictures is not None:
         pictures.save(folder / "health.png")
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def load_tokenizer(folder: str | Path) -> TokenizerFolder:

@@ -12,8 +12,6 @@ A folder is written beside its place, loaded back and compared, and only then pu
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from foreseen.data.views import IMAGENET_MEAN, IMAGENET_STD, View
 from foreseen.errors import BadInput
 from foreseen.files import read_json, sha256_of
 from foreseen.handoff.card import keep_sections
+from foreseen.handoff.publish import float32_state, published
 from foreseen.handoff.terms import describe_teacher
 from foreseen.models.backbone import FACTORY, Pool, architecture_of, create_backbone
 from foreseen.models.initialise import Initialised, initialise
@@ -300,46 +299,24 @@ def save_encoder(
         BadInput: `folder` holds something else.
         RuntimeError: timm makes another model of what was written; the older folder is still there.
     """
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise BadInput(f"{folder} is there and is no encoder folder; remove it or choose another run.dir")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.parent / f".{folder.name}.{word}" for word in ("new", "old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # killed between the two renames below
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
+    with published(folder, "encoder folder") as new:
         _write(model, new, folder.name, preprocessing, lineage, class_names)
         _verify(model, new, preprocessing.size)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if folder.exists():
-        keep_sections(folder, new)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            keep_sections(folder, new)
 
 
 def _write(
     model: nn.Module, folder: Path, name: str, preprocessing: Preprocessing, lineage: Mapping[str, Any],
     class_names: Sequence[str] | None,
 ) -> None:  # fmt: skip
-    folder.mkdir()
-    state = {
-        key: (value.float() if value.is_floating_point() else value).detach().cpu().clone().contiguous()
-        for key, value in model.state_dict().items()
-    }
     described = _config(model, preprocessing)
     if class_names is not None:
         described["label_names"] = list(class_names)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(float32_state(model), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
     (folder / "README.md").write_text(_card(name, described, lineage))
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def _config(model: nn.Module, preprocessing: Preprocessing) -> dict[str, Any]:
