@@ -105,6 +105,17 @@ def _finished(batch: Batch, objective: Objective) -> Batch:
     return finish(batch, objective.request, torch.device("cpu"), torch.float64)
 
 
+def assert_the_same_however_cut(make: Callable[[], Objective]) -> None:
+    """Whole, in halves and in quarters: losses, gradient norms and the state at the end are those of one run."""
+    whole = drive(make, GLOBAL_SIZE)
+    assert len(whole.losses.unique()) == STEPS
+    for micro_size in (GLOBAL_SIZE // 2, GLOBAL_SIZE // 4):
+        run = drive(make, micro_size)
+        assert loss_distance(whole, run) < 1e-12
+        assert norm_distance(whole, run) < 1e-12
+        assert weight_distance(whole, run) < 1e-10
+
+
 def loss_distance(run: History, other: History) -> float:
     return relative(run.losses, other.losses)
 

@@ -20,7 +20,7 @@ from foreseen.errors import BadInput
 from foreseen.models.projection_head import ProjectionHead
 from foreseen.pretrain.dino import DINO, from_official
 from foreseen.pretrain.distillation_losses import koleo
-from tests.engine.driver import drive, loss_distance, norm_distance, weight_distance
+from tests.engine.driver import assert_the_same_however_cut
 from tests.golden_cases import load_case, weights
 from tests.small_methods import small_method
 
@@ -281,12 +281,7 @@ def test_a_run_does_not_depend_on_accumulation(more: dict[str, Any]) -> None:
     def make() -> DINO:
         return DINO.build(_config(model__drop_path_rate=0.2, **more).with_length(37))
 
-    whole = drive(make, 16)
-    for micro_size in (8, 4):
-        cut = drive(make, micro_size)
-        assert loss_distance(whole, cut) < 1e-12
-        assert norm_distance(whole, cut) < 1e-12
-        assert weight_distance(whole, cut) < 1e-10
+    assert_the_same_however_cut(make)
 
 
 class _Widest(TorchDispatchMode):

@@ -11,7 +11,7 @@ from foreseen.data.batch import Batch
 from foreseen.engine.objective import Progress
 from foreseen.errors import BadInput
 from foreseen.tokenizers.fsq import FSQ, FSQObjective, Levels
-from tests.engine.driver import STEPS, drive, loss_distance, norm_distance, weight_distance
+from tests.engine.driver import assert_the_same_however_cut, drive
 
 PROGRESS = Progress(5, 20, 5.0, 0)
 NETWORK = {"groups": 3, "blocks": 1, "width": 8, "decoder_input": 8, "residual_gain": 0.5}
@@ -130,13 +130,7 @@ def test_a_run_does_not_depend_on_accumulation() -> None:
     def make() -> FSQObjective:
         return _small(method__network="{groups: 3, blocks: 1, width: 8, decoder_input: 8, standardise: true}")
 
-    whole = drive(make, 16)
-    assert len(whole.losses.unique()) == STEPS
-    for micro_size in (8, 4):
-        run = drive(make, micro_size)
-        assert loss_distance(whole, run) < 1e-12
-        assert norm_distance(whole, run) < 1e-12
-        assert weight_distance(whole, run) < 1e-10
+    assert_the_same_however_cut(make)
 
 
 def test_a_step_that_is_not_finite_moves_nothing() -> None:

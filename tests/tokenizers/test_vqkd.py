@@ -26,7 +26,7 @@ from foreseen.tokenizers.folder import load_tokenizer, save_tokenizer
 from foreseen.tokenizers.teacher import Teacher, load_teacher
 from foreseen.tokenizers.vqkd_official import from_official, official_tokenizer
 from foreseen.tokenizers.vqkd_training import VQKDObjective
-from tests.engine.driver import STEPS, drive, loss_distance, norm_distance, weight_distance
+from tests.engine.driver import assert_the_same_however_cut
 from tests.golden_cases import load_case, weights
 from tests.tokenizers.teachers import save_teacher
 
@@ -170,13 +170,7 @@ def test_a_run_does_not_depend_on_accumulation(teacher: Path) -> None:
     def make() -> VQKDObjective:
         return VQKDObjective.build(_config(teacher, model__drop_path_rate=0.3, method__revive_after=4))
 
-    whole = drive(make, 16)
-    assert len(whole.losses.unique()) == STEPS
-    for micro_size in (8, 4):
-        run = drive(make, micro_size)
-        assert loss_distance(whole, run) < 1e-12
-        assert norm_distance(whole, run) < 1e-12
-        assert weight_distance(whole, run) < 1e-10
+    assert_the_same_however_cut(make)
 
 
 def test_the_loss_falls_on_one_batch(teacher: Path) -> None:
