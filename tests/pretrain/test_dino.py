@@ -21,7 +21,7 @@ from foreseen.models.projection_head import ProjectionHead
 from foreseen.pretrain.dino import DINO, from_official
 from foreseen.pretrain.distillation_losses import koleo
 from tests.engine.driver import assert_the_same_however_cut
-from tests.golden_cases import load_case, weights
+from tests.golden_cases import authors_answer, load_case, weights
 from tests.small_methods import small_method
 
 ARGS = "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"
@@ -63,14 +63,7 @@ def _step(objective: DINO, batch: Batch, progress: Progress = PROGRESS) -> dict[
     return objective(batch, prepared, progress)
 
 
-EXACT = {"rtol": 1e-8, "atol": 1e-10}
 Dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-
-
-def _expected(case: dict[str, Any], tensors: dict[str, Tensor], name: str, dtype: torch.dtype) -> Any:
-    if dtype == torch.float64 and f"out64/{name}" in tensors:
-        return tensors[f"out64/{name}"], EXACT
-    return tensors[f"out/{name}"].to(dtype), case["tolerance"]
 
 
 @Dtypes
@@ -82,7 +75,7 @@ def test_features_equal_the_authors_at_any_size(dtype: torch.dtype) -> None:
     assert not unexpected
     assert not [name for name in missing if name.startswith("student.backbone")]
     for size in ("native", "small", "rect", "large"):
-        expected, tolerance = _expected(case, tensors, f"cls.{size}", dtype)
+        expected, tolerance = authors_answer(case, tensors, f"cls.{size}", dtype)
         for patches in ("none", "all"):
             encoded = objective.student.encode(tensors[f"in/images_{size}"].to(dtype), patches=patches)
             torch.testing.assert_close(encoded.pooled, expected, **tolerance)
@@ -100,10 +93,10 @@ def test_the_head_equals_the_authors(name: str, dtype: torch.dtype) -> None:
     head.load_state_dict(weights(tensors))
     head.train().to(dtype)
     logits = head(tensors["in/x"].to(dtype)) @ head.prototypes().mT
-    expected, tolerance = _expected(case, tensors, "y", dtype)
+    expected, tolerance = authors_answer(case, tensors, "y", dtype)
     torch.testing.assert_close(logits, expected, **tolerance)
     logits.square().sum().backward()
-    expected, tolerance = _expected(case, tensors, "grad_weight_v", dtype)
+    expected, tolerance = authors_answer(case, tensors, "grad_weight_v", dtype)
     torch.testing.assert_close(head.last_layer.weight_v.grad, expected, **tolerance)
     if "trainable" in case["values"]:
         trained = {n for n, p in head.named_parameters() if p.requires_grad}
@@ -143,11 +136,11 @@ def test_loss_gradient_and_centre_equal_the_authors_call_after_call(chunk: str |
         found = objective.class_terms(student, targets)
         found["loss"].backward()
         objective.centre.move(torch.tensor(True))
-        expected, tolerance = _expected(case, tensors, "loss", dtype)
+        expected, tolerance = authors_answer(case, tensors, "loss", dtype)
         torch.testing.assert_close(found["loss"], expected[call], **tolerance)
         torch.testing.assert_close(found["teacher_entropy"] + found["kl"], found["loss"], **case["tolerance"])
         for name, ours in ((f"grad_student.{call}", student.grad), (f"center.{call}", objective.centre.center[None])):
-            expected, tolerance = _expected(case, tensors, name, dtype)
+            expected, tolerance = authors_answer(case, tensors, name, dtype)
             torch.testing.assert_close(ours, expected, **tolerance)
 
 
@@ -203,7 +196,7 @@ def test_crops_of_one_size_run_together_and_the_head_once(dtype: torch.dtype) ->
     objective.student.backbone.patch_embed.register_forward_pre_hook(lambda _, args: calls.append(list(args[0].shape)))
     features = [objective.student.encode(batch.images[view.name]).pooled for view in objective.request.views]
     logits = objective.student.head(torch.cat(features)) @ objective.student.head.prototypes().mT
-    expected, tolerance = _expected(case, tensors, "output", dtype)
+    expected, tolerance = authors_answer(case, tensors, "output", dtype)
     torch.testing.assert_close(logits, expected, **tolerance)
     assert calls == case["values"]["backbone_calls"]
     rules = objective.parameter_rules(None)
@@ -220,11 +213,11 @@ def test_gradients_are_clipped_tensor_by_tensor_and_the_last_layer_waits(dtype: 
     names = {"fc_w": "fc.weight", "fc_b": "fc.bias", "last_w": "last_layer.weight"}
     gradients = {short: tensors[f"in/g_{short}"].to(dtype) for short in names}
     for short, gradient in gradients.items():
-        expected, tolerance = _expected(case, tensors, "norms", dtype)
+        expected, tolerance = authors_answer(case, tensors, "norms", dtype)
         torch.testing.assert_close(gradient.norm(), expected[list(names).index(short)], **tolerance)
     clip({"": list(gradients.values())}, c["clip"], "parameter")
     for short, gradient in gradients.items():
-        expected, tolerance = _expected(case, tensors, f"clipped_{short}", dtype)
+        expected, tolerance = authors_answer(case, tensors, f"clipped_{short}", dtype)
         torch.testing.assert_close(gradient, expected, **tolerance)
 
     objective = _small(method__freeze_last_layer_epochs=1)  # of 64 / 16 = 4 steps
@@ -260,7 +253,7 @@ def test_the_teacher_moves_as_the_authors_does(dtype: torch.dtype) -> None:
         assert momentum == pytest.approx(case["values"]["momentum"][step], rel=1e-12)
         student = module(tensors["in/student"][step])
         move_teacher(teacher, student, momentum, torch.tensor(True))
-        expected, tolerance = _expected(case, tensors, f"teacher_after.{step}", dtype)
+        expected, tolerance = authors_answer(case, tensors, f"teacher_after.{step}", dtype)
         torch.testing.assert_close(teacher.weight.detach(), expected, **tolerance)
         kept = teacher.weight.clone()
         move_teacher(teacher, student, 0.5, torch.tensor(False))

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from foreseen.commands import pretrain
 from foreseen.commands.verbs import load_recipe
@@ -24,12 +23,11 @@ from foreseen.pretrain.dinov2 import DINOv2, from_official
 from foreseen.pretrain.distillation_losses import koleo
 from foreseen.pretrain.target_balance import row_sum, scaled_logits, sinkhorn_shift
 from tests.engine.driver import assert_the_same_however_cut
-from tests.golden_cases import load_case, weights
+from tests.golden_cases import authors_answer, load_case, weights
 from tests.small_methods import small_method
 
 ARGS = "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3, init_values: 0.1}"
 PROGRESS = Progress(0, 20, 5.0, 0)
-EXACT = {"rtol": 1e-8, "atol": 1e-10}
 Dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -47,12 +45,6 @@ def _small(**more: Any) -> DINOv2:
     return DINOv2.build(_config(**more).with_length(64)).train()
 
 
-def _expected(case: dict[str, Any], tensors: dict[str, Tensor], name: str, dtype: torch.dtype) -> Any:
-    if dtype == torch.float64 and f"out64/{name}" in tensors:
-        return tensors[f"out64/{name}"], EXACT
-    return tensors[f"out/{name}"].to(dtype), case["tolerance"]
-
-
 @Dtypes
 def test_koleo_equals_the_authors(dtype: torch.dtype) -> None:
     case, tensors = load_case("dinov2", "koleo")
@@ -60,7 +52,7 @@ def test_koleo_equals_the_authors(dtype: torch.dtype) -> None:
     loss = koleo(features, len(features))
     loss.backward()
     for name, ours in (("loss", loss), ("grad_x", features.grad)):
-        expected, tolerance = _expected(case, tensors, name, dtype)
+        expected, tolerance = authors_answer(case, tensors, name, dtype)
         torch.testing.assert_close(ours, expected, **tolerance)
 
 
@@ -114,7 +106,7 @@ def test_class_loss_and_centre_equal_the_authors_call_after_call(chunk: str | in
         softmax = (scaled_logits(targets.bottleneck, targets.prototypes, targets.temperature) + targets.shift).softmax(
             -1
         )
-        expected, tolerance = _expected(case, tensors, f"teacher_softmax.{call}", dtype)
+        expected, tolerance = authors_answer(case, tensors, f"teacher_softmax.{call}", dtype)
         torch.testing.assert_close(softmax.flatten(0, 1), expected, **tolerance)
         student = tensors["in/student"][call].to(dtype).requires_grad_()
         objective.options = objective.options.model_copy(
@@ -129,9 +121,9 @@ def test_class_loss_and_centre_equal_the_authors_call_after_call(chunk: str | in
         loss.backward()
         objective.centre.move(torch.tensor(True))
         for name, ours in ((f"loss.{call}", loss), (f"grad_student.{call}", student.grad)):
-            expected, tolerance = _expected(case, tensors, name, dtype)
+            expected, tolerance = authors_answer(case, tensors, name, dtype)
             torch.testing.assert_close(ours, expected, **tolerance)
-    expected, tolerance = _expected(case, tensors, "center", dtype)
+    expected, tolerance = authors_answer(case, tensors, "center", dtype)
     torch.testing.assert_close(objective.centre.center[None], expected, **tolerance)
 
 
@@ -162,7 +154,7 @@ def test_patch_loss_and_centre_equal_the_authors(chunk: str | int, dtype: torch.
         (targets,) = objective.patch_targets([rows], PROGRESS)
         objective.patch_centre.observe([row_sum(tensors["in/teacher"].to(dtype).flatten(0, 1))], targets.prototypes)
     objective.patch_centre.move(torch.tensor(True))
-    expected, tolerance = _expected(case, tensors, "center", dtype)
+    expected, tolerance = authors_answer(case, tensors, "center", dtype)
     torch.testing.assert_close(objective.patch_centre.center[None, None], expected, **tolerance)
     hidden = targets.weights > 0
     torch.testing.assert_close(
@@ -177,10 +169,10 @@ def test_patch_loss_and_centre_equal_the_authors(chunk: str | int, dtype: torch.
         student = tensors["in/student"].to(dtype).requires_grad_()
         weighted = targets._replace(weights=torch.zeros_like(targets.weights).masked_scatter(hidden, given))
         loss = objective.patch_terms(take(student, targets.places).flatten(0, 1), weighted)["patch_loss"]
-        expected, tolerance = _expected(case, tensors, name, dtype)
+        expected, tolerance = authors_answer(case, tensors, name, dtype)
         torch.testing.assert_close(loss, expected, **tolerance)
     loss.backward()
-    expected, tolerance = _expected(case, tensors, "grad_student", dtype)
+    expected, tolerance = authors_answer(case, tensors, "grad_student", dtype)
     torch.testing.assert_close(student.grad, expected, **tolerance)
 
 
@@ -220,7 +212,7 @@ def test_features_equal_the_authors(name: str, dtype: torch.dtype) -> None:
     }  # fmt: skip
     for key, ours in found.items():
         # They interpolate positions in float32 in every run.
-        expected, tolerance = _expected(case, tensors, key, torch.float32 if key.startswith("small") else dtype)
+        expected, tolerance = authors_answer(case, tensors, key, torch.float32 if key.startswith("small") else dtype)
         torch.testing.assert_close(ours.to(expected.dtype), expected, **tolerance)
     layers = vit.forward_intermediates(
         tensors["in/images"].to(dtype), indices=2, norm=True, intermediates_only=True, return_prefix_tokens=True,
@@ -228,7 +220,7 @@ def test_features_equal_the_authors(name: str, dtype: torch.dtype) -> None:
     )  # fmt: skip
     for number, (of_patches, prefix) in enumerate(layers):
         for key, ours in ((f"intermediate_patch.{number}", of_patches), (f"intermediate_cls.{number}", prefix[:, 0])):
-            expected, tolerance = _expected(case, tensors, key, dtype)
+            expected, tolerance = authors_answer(case, tensors, key, dtype)
             torch.testing.assert_close(ours, expected, **tolerance)
 
 
@@ -253,7 +245,7 @@ def test_the_head_equals_the_authors(dtype: torch.dtype) -> None:
     )
     head.load_state_dict(weights(tensors))
     head.to(dtype)
-    expected, tolerance = _expected(case, tensors, "y", dtype)
+    expected, tolerance = authors_answer(case, tensors, "y", dtype)
     torch.testing.assert_close(head(tensors["in/x"].to(dtype)) @ head.prototypes().mT, expected, **tolerance)
     assert head.last_layer.weight_g.requires_grad
 

@@ -20,12 +20,11 @@ from foreseen.pretrain.distillation_losses import koleo
 from foreseen.pretrain.distilled_network import Encoded
 from foreseen.pretrain.ibot import IBOT, from_official
 from tests.engine.driver import assert_the_same_however_cut
-from tests.golden_cases import load_case, weights
+from tests.golden_cases import authors_answer, load_case, weights
 from tests.small_methods import small_method
 
 ARGS = "{patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3}"
 PROGRESS = Progress(0, 20, 5.0, 0)
-EXACT = {"rtol": 1e-8, "atol": 1e-10}
 Dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -53,12 +52,6 @@ def _batch(objective: IBOT, count: int = 4) -> Batch:
     (draw,) = objective.request.draws
     drawn = np.stack([draw.function(np.random.default_rng(number), number) for number in range(count)])
     return Batch(key, key, key, images, {draw.name: torch.from_numpy(drawn)})
-
-
-def _expected(case: dict[str, Any], tensors: dict[str, Tensor], name: str, dtype: torch.dtype) -> Any:
-    if dtype == torch.float64 and f"out64/{name}" in tensors:
-        return tensors[f"out64/{name}"], EXACT
-    return tensors[f"out/{name}"].to(dtype), case["tolerance"]
 
 
 @pytest.mark.parametrize("chunk", ["null", 9])
@@ -122,7 +115,7 @@ def test_losses_gradients_and_centres_equal_the_authors_call_after_call(chunk: s
             "grad_student_cls": student_cls.grad, "grad_student_patch": student_patch.grad,
         }  # fmt: skip
         for name, ours in found.items():
-            expected, tolerance = _expected(case, tensors, f"{name}.{call}", dtype)
+            expected, tolerance = authors_answer(case, tensors, f"{name}.{call}", dtype)
             torch.testing.assert_close(ours, expected, **tolerance)
 
 
@@ -147,7 +140,7 @@ def test_the_head_equals_the_authors(shared: bool, dtype: torch.dtype) -> None:
         "cls_only_out": head(tokens[:, 0]) @ head.prototypes().mT,
     }
     for name, ours in found.items():
-        expected, tolerance = _expected(case, tensors, name, dtype)
+        expected, tolerance = authors_answer(case, tensors, name, dtype)
         torch.testing.assert_close(ours, expected, **tolerance)
 
 
@@ -161,7 +154,7 @@ def test_masked_features_equal_the_authors(dtype: torch.dtype) -> None:
     assert not [name for name in missing if name.startswith(("student.backbone", "student.mask_token"))]
     objective.to(dtype)
     mask = tensors["in/mask"].flatten(1)
-    expected, tolerance = _expected(case, tensors, "tokens", dtype)
+    expected, tolerance = authors_answer(case, tensors, "tokens", dtype)
     every = torch.arange(mask.shape[1]).expand_as(mask)
     for wanted, places in (("none", every[:, :0]), ("all", every), (every[:, 3:5], every[:, 3:5])):
         pooled, patches, _ = objective.student.encode(tensors["in/images"].to(dtype), mask=mask, patches=wanted)
