@@ -180,6 +180,17 @@ class Model(Section):
     def _none(cls, value: Any) -> Any:
         return {} if value is None else value
 
+    @field_validator("args")
+    @classmethod
+    def _names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not name.isidentifier():
+                raise ValueError(
+                    f"model.args {name!r} is no name of an argument; in YAML a space follows the colon, as in "
+                    '"model.args={depth: 6}", and model.args.depth=6 does without'
+                )
+        return value
+
     @field_validator("img_size", mode="before")
     @classmethod
     def _square(cls, value: Any) -> Any:

@@ -35,6 +35,7 @@ def _load(*overrides: str) -> Config:
         ("compute.compil=true", "unknown key 'compute.compil' .*'compute.compile'"),
         ("run", "'run' is no override; write key=value"),
         ("run.dir=${nowhere}", r"run.dir is .* does not look up \$\{…\}"),
+        ("model.args={depth:6}", "model.args 'depth:6' is no name .* a space follows the colon"),
         ("run.dir=[", "cannot be read"),
     ],
 )

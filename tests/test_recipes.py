@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from foreseen.commands.verbs import load_recipe
+from foreseen.commands.verbs import Verb, load_recipe
 from foreseen.engine.optimizer import SteppedOptimizer
 from foreseen.engine.schedule import scaled_lr
+from foreseen.errors import BadInput
 from foreseen.finetune.distill import Distill
 from foreseen.finetune.supervised import Supervised
 from foreseen.models.drop_path import drop_path_modules
@@ -332,3 +333,19 @@ def test_dino_trains_a_resnet_as_its_readme_states() -> None:
     assert optimizer.peak_lr == pytest.approx(0.06)
     assert optimizer.weight_decay(0) == optimizer.weight_decay(200_000) == 1e-4
     assert sum(view.count for view in objective.request.views) == 10
+
+
+@pytest.mark.parametrize(("verb", "recipe"), [("pretrain", "mae_cpu_minutes"), ("tokenizer", "vqkd_cpu_minutes")])
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("views.rand_augment=rand-m9", r"views\.rand_augment rand-m9 is of fine-tuning alone; set .*=null, or"),
+        ("views.three_augment=0.3", r"views\.three_augment 0\.3 is of fine-tuning alone"),
+        ("views.erase=0.25", r"views\.erase 0\.25 is of fine-tuning alone; set views\.erase=0, or"),
+    ],
+)
+def test_what_only_finetuning_does_to_pictures_is_refused_elsewhere(
+    verb: Verb, recipe: str, override: str, sentence: str
+) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        load_recipe(verb, recipe, [override])

@@ -33,10 +33,20 @@ def command_of(verb: Verb) -> Any:
 
 
 def load_recipe(verb: Verb, recipe: str, overrides: Sequence[str] = ()) -> "Config":
-    """Read a recipe of a verb; see `foreseen.config.load`."""
-    from foreseen.config import load
+    """Read a recipe of a verb; see `foreseen.config.load`.
 
-    return load(verb, recipe, overrides, method_options(verb))
+    Raises:
+        BadInput: also where it asks for what only another verb does.
+    """
+    from foreseen.config import load
+    from foreseen.errors import BadInput
+
+    config = load(verb, recipe, overrides, method_options(verb))
+    if verb != "finetune":
+        for key, none in (("rand_augment", "null"), ("three_augment", "null"), ("erase", "0")):
+            if value := getattr(config.views, key):
+                raise BadInput(f"views.{key} {value} is of fine-tuning alone; set views.{key}={none}, or views.colour")
+    return config
 
 
 def leave(preempted: bool) -> None:

@@ -58,8 +58,10 @@ def multicrop_views(
         mean, std: of the encoder, where the section leaves them out.
 
     Raises:
-        BadInput: the colours are given twice, or a blur does not fit a crop.
+        BadInput: the colours are given twice, a blur does not fit a crop, or the section asks for another crop.
     """
+    if views.simple_crop:
+        raise BadInput("views.simple_crop true leaves large and small crops nothing to differ in; set it to false")
     if options.colours is not None and views.colour is not None:
         raise BadInput(
             f"views.colour is given besides the colours of {options.colours} for the crops; set "

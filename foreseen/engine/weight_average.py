@@ -16,6 +16,8 @@ from foreseen.engine.batch_statistics import batch_statistics
 class WeightAverage:
     """The average of the trained weights of a module, and of the batch statistics that belong to them.
 
+    Those of a network without trained weights, such as a teacher, belong to none of these, and stay as they are.
+
     Args:
         module: on its device, with weights in float32 (or float64 throughout).
         decay: what the average keeps of itself at each step, once warmed up.
@@ -24,8 +26,14 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._decay = decay
         self._weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        learn = {name: [p.requires_grad for p in part.parameters()] for name, part in module.named_children()}
+        untrained = tuple(f"{name}." for name, which in learn.items() if which and not any(which))
         # All but the counters, of which there is no mean.
-        self._statistics = {n: value for n, value in batch_statistics(module).items() if value.is_floating_point()}
+        self._statistics = {
+            name: value
+            for name, value in batch_statistics(module).items()
+            if value.is_floating_point() and not name.startswith(untrained)
+        }
         self._average = {name: value.clone() for name, value in self._held.items()}
 
     @property

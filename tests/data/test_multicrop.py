@@ -112,6 +112,11 @@ def test_without_the_papers_colours_all_crops_have_those_of_the_views() -> None:
         views_of(VIEWS.model_copy(update={"colour": colour}))
 
 
+def test_deits_simple_crop_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"views\.simple_crop true .* set it to false"):
+        views_of(VIEWS.model_copy(update={"simple_crop": True}))
+
+
 def test_there_may_be_no_small_crops() -> None:
     (large,) = views_of(local_count=0)
     assert (large.name, large.count) == ("global", 2)

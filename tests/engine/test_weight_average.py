@@ -95,6 +95,16 @@ def test_inside_the_module_holds_the_average_and_outside_its_weights_even_after_
     assert all(torch.equal(average.state()[name], value) for name, value in averaged.items())
 
 
+def test_the_batch_statistics_of_a_teacher_stay_its_own() -> None:
+    module = nn.ModuleDict({
+        "student": nn.BatchNorm1d(2), "teacher": nn.BatchNorm1d(2).requires_grad_(False),
+        "centred": nn.BatchNorm1d(2, affine=False),
+    })  # fmt: skip
+    average = WeightAverage(module, 0.9)
+    statistics = {name for name in average.state() if "running" in name}
+    assert statistics == {f"{name}.running_{what}" for name in ("student", "centred") for what in ("mean", "var")}
+
+
 def test_no_step_waits_for_the_device() -> None:
     # A tensor on the meta device has no value to wait for: reading one raises.
     average = WeightAverage(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to("meta"), 0.9)
