@@ -64,7 +64,9 @@ def koleo(features: Tensor, group: int) -> Tensor:
         similarity = (z @ z.mT).detach()
         itself = torch.eye(group, dtype=torch.bool, device=z.device)
         nearest = similarity.masked_fill(itself, -2.0).argmax(-1, keepdim=True)
-        distance = F.pairwise_distance(z, z.gather(1, nearest.expand_as(z)), eps=1e-8)
+        # A product, as on a GPU the backward of a gather adds in any order where features share a neighbour.
+        chosen = (nearest == torch.arange(group, device=z.device)).to(z.dtype)
+        distance = F.pairwise_distance(z, chosen @ z, eps=1e-8)
         return -(distance + 1e-8).log().mean()
 
 

@@ -1,5 +1,6 @@
 """Position tables at another resolution."""
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -50,6 +51,9 @@ def resample_pos_embed(
 ) -> Tensor:  # fmt: skip
     """Interpolate a table while training, for crops of several sizes; gradients reach it.
 
+    As a product with a fixed matrix: on a GPU torch's own backward of bicubic interpolation adds in any order, so that
+    no run could be repeated to the bit.
+
     Args:
         table: [1, num_prefix_tokens + h * w, D].
         old_grid: its (h, w).
@@ -68,12 +72,22 @@ def resample_pos_embed(
     if old_grid == new_grid:
         return table
     prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
-    image = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-    image = image.to(torch.promote_types(image.dtype, torch.float32))
+    with torch.autocast(table.device.type, enabled=False):
+        exact = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        resized = _shares(old_grid, new_grid, how, exact.dtype, exact.device) @ exact
+    return torch.cat((prefix, resized.to(table.dtype)), dim=1)
+
+
+@lru_cache(maxsize=64)
+def _shares(
+    old_grid: tuple[int, int], new_grid: tuple[int, int], how: PositionResize, dtype: torch.dtype, device: torch.device
+) -> Tensor:  # fmt: skip
+    """What each place of the new grid takes of each place of the old one, [h * w of the new, h * w of the old]."""
+    places = torch.eye(old_grid[0] * old_grid[1], dtype=dtype).view(1, -1, *old_grid)
     antialias = how.startswith("antialias")
     if how.endswith("offset"):
         scale = ((new_grid[0] + 0.1) / old_grid[0], (new_grid[1] + 0.1) / old_grid[1])
-        resized = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
+        taken = F.interpolate(places, scale_factor=scale, mode="bicubic", antialias=antialias)
     else:
-        resized = F.interpolate(image, size=new_grid, mode="bicubic", antialias=antialias)
-    return torch.cat((prefix, resized.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)), dim=1)
+        taken = F.interpolate(places, size=new_grid, mode="bicubic", antialias=antialias)
+    return taken.flatten(2)[0].T.contiguous().to(device)

@@ -22,6 +22,7 @@ from foreseen.pretrain.crop_masks import StratifiedMasks
 from foreseen.pretrain.dinov2 import DINOv2, from_official
 from foreseen.pretrain.distillation_losses import koleo
 from foreseen.pretrain.target_balance import row_sum, scaled_logits, sinkhorn_shift
+from tests.engine.any_order import AnyOrder
 from tests.engine.driver import assert_the_same_however_cut
 from tests.golden_cases import authors_answer, load_case, weights
 from tests.small_methods import small_method
@@ -43,6 +44,14 @@ def _config(**more: Any) -> Config:
 def _small(**more: Any) -> DINOv2:
     torch.manual_seed(0)
     return DINOv2.build(_config(**more).with_length(64)).train()
+
+
+def test_koleo_adds_in_one_order_on_a_gpu_too() -> None:
+    around = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [1.0, 0.0], [1.0, -0.1], [0.9, 0.3]]), dim=-1)
+    features = around.requires_grad_()  # three of them have the second as their nearest
+    with AnyOrder() as any_order:
+        koleo(features, 4).backward()
+    assert any_order.found == []
 
 
 @Dtypes
