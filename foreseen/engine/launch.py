@@ -4,11 +4,12 @@ import contextlib
 import logging
 import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
 
 from foreseen.config import Compute
@@ -20,6 +21,12 @@ from foreseen.models.blocks import repeated_blocks
 from foreseen.models.recompute import recompute_activations
 
 _logger = logging.getLogger(__name__)
+# Of ranks that wait for one that works alone, such as rank 0 over data that is far away; torch's ten minutes on a GPU
+# are soon over. A rank that dies is noticed by its launcher, not by this.
+_PATIENCE = timedelta(hours=1)
+_OTHER_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}  # fmt: skip
 _FP32_ERROR = 2e-6  # relative; what float32 products of this size lose anyway, with room
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FAST_ON_A_CPU = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "fphp"}}
@@ -32,19 +39,43 @@ def start(compute: Compute) -> Accelerator:
         compute: the config's section.
 
     Raises:
-        BadInput: torch has no such backend as `compute.compile` names.
+        BadInput: torch has no such backend as `compute.compile` names, or accelerate's config asks for what this loop
+            does not do.
     """
     if compute.backend is not None:
         check_backend(compute.backend)
+    _refuse_other_engines()
     # Buffers of our objectives are the same on every rank by construction; DDP need not send them each forward.
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
     # Precision is ours: accelerate has no fp16 on a CPU, and its scaler waits for the device at every step.
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[buffers])
+    accelerator = Accelerator(
+        mixed_precision="no", kwargs_handlers=[buffers, InitProcessGroupKwargs(timeout=_PATIENCE)]
+    )
+    accelerator.gradient_accumulation_steps = 1  # ours; one of accelerate's config would divide every loss once more
+    if accelerator.device.type == "cuda":
+        # Convolutions in float32 keep 10 bits of 23 by default, and tokenizers would see other codes. Those under
+        # autocast stay as they are.
+        torch.backends.cudnn.allow_tf32 = False
     if accelerator.device.type == "cpu" and compute.precision == "fp32":
         allow_fast_fp32()
     if accelerator.is_main_process:
         _advise_on(compute.precision, accelerator.device)
     return accelerator
+
+
+def _refuse_other_engines() -> None:
+    for variable, name in _OTHER_ENGINES.items():
+        if parse_flag_from_env(variable):
+            raise BadInput(
+                f"accelerate's config asks for {name} ({variable}), which this loop cannot drive: checkpoints would "
+                "hold parts of the weights; launch with --multi_gpu, or with --config_file of configs/accelerate"
+            )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("", "no"):
+        raise BadInput(
+            f"accelerate's config asks for torch.compile (ACCELERATE_DYNAMO_BACKEND={backend}), which here is "
+            "compute.compile=true; launch with --dynamo_backend no, or with --config_file of configs/accelerate"
+        )
 
 
 def autocast(accelerator: Accelerator, compute: Compute) -> contextlib.AbstractContextManager[Any]:

@@ -13,8 +13,11 @@ from foreseen.engine.batch_statistics import batch_statistics
 from foreseen.engine.objective import Objective
 from foreseen.errors import BadInput
 
-# What torch, cuBLAS and the driver call it where they raise a plain RuntimeError.
-_WORDS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+# What torch, cuBLAS, cuDNN, NCCL and the driver call it where they raise a plain RuntimeError.
+_WORDS = (
+    "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory",
+    "CUDA driver error: out of memory", "Cuda failure 2 'out of memory'",
+)  # fmt: skip
 
 
 def peak_memory_gb(device: torch.device) -> float:

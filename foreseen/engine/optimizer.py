@@ -160,9 +160,11 @@ class SteppedOptimizer:
                 continue
             parameter = self.parameters[name]
             if isinstance(value, Tensor):
-                # Step counts live on the device where the optimizer is fused, else on the CPU.
-                device = parameter.device if value.ndim or self.skips_on_device else torch.device("cpu")
-                value = value.to(device, copy=True)
+                # Step counts and the like live on the device where the optimizer is fused, else on the CPU; of a
+                # parameter that is one number its moments look like them.
+                counts = value.ndim == 0 and (parameter.ndim > 0 or what == "step")
+                on_host = counts and not self.skips_on_device
+                value = value.to("cpu" if on_host else parameter.device, copy=True)
             self.optimizer.state[parameter][what] = value
 
 

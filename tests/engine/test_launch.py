@@ -5,7 +5,9 @@ import logging
 import pytest
 import torch
 
-from foreseen.engine.launch import _advise_on
+from foreseen.config import Compute
+from foreseen.engine.launch import _advise_on, start
+from foreseen.errors import BadInput
 
 
 @pytest.mark.parametrize(
@@ -23,3 +25,28 @@ def test_a_gpu_without_bf16_gets_advice(
         _advise_on(precision, torch.device("cuda"))
     assert ("Tesla V100 has no bf16 arithmetic" in caplog.text) == advised
     assert ("compute.precision=fp16" in caplog.text) == advised
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP .ACCELERATE_USE_FSDP., which this loop cannot drive"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "1", "asks for Megatron-LM"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR.*compute.compile=true"),
+    ],
+)
+def test_what_accelerates_config_asks_for_in_vain_is_refused(
+    variable: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(BadInput, match=sentence):
+        start(Compute(precision="fp64"))
+
+
+def test_accumulation_in_accelerates_config_does_not_divide_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    weight = torch.ones((), requires_grad=True)
+    start(Compute(precision="fp64")).backward(3.0 * weight)
+    assert weight.grad == 3.0

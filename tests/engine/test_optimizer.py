@@ -40,6 +40,15 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
     assert numbers == numbers_after
 
 
+def test_moments_of_a_parameter_that_is_one_number_go_back_to_its_device() -> None:
+    module = nn.ParameterDict({"gain": nn.Parameter(torch.ones((), device="meta"))})
+    optimizer = _optimizer(module, name="lamb")
+    taken = {f"{what}/gain": torch.ones(()) for what in ("exp_avg", "exp_avg_sq", "step")}
+    optimizer.load_state(taken, {})
+    devices = {what: value.device.type for what, value in optimizer.optimizer.state[module["gain"]].items()}
+    assert devices == {"exp_avg": "meta", "exp_avg_sq": "meta", "step": "cpu"}
+
+
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "sgd"])
 def test_state_that_was_taken_and_put_back_gives_the_same_next_step(name: str) -> None:
     torch.manual_seed(0)
