@@ -339,9 +339,10 @@ def test_dino_trains_a_resnet_as_its_readme_states() -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("views.rand_augment=rand-m9", r"views\.rand_augment rand-m9 is of fine-tuning alone; set .*=null, or"),
+        ("views.rand_augment=rand-m9", r"views\.rand_augment rand-m9 is of fine-tuning alone: set .*=null; colours"),
         ("views.three_augment=0.3", r"views\.three_augment 0\.3 is of fine-tuning alone"),
-        ("views.erase=0.25", r"views\.erase 0\.25 is of fine-tuning alone; set views\.erase=0, or"),
+        ("views.three_augment=0", r"views\.three_augment 0\.0 is of fine-tuning alone: set .*=null"),
+        ("views.erase=0.25", r"views\.erase 0\.25 is of fine-tuning alone: set views\.erase=0; colours"),
     ],
 )
 def test_what_only_finetuning_does_to_pictures_is_refused_elsewhere(

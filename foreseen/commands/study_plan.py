@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from foreseen.commands.study_cells import Key, Plan
 from foreseen.commands.study_leaks import leak_of
 from foreseen.commands.study_options import BEST, TAUGHT, Pretrained, Study, in_words, shots_of
-from foreseen.commands.verbs import method_options
+from foreseen.commands.verbs import check_views, method_options
 from foreseen.config import Config, read_recipe, resolve
 from foreseen.errors import BadInput
 
@@ -171,7 +171,9 @@ def _pretraining(plan: Plan, model: str, pretrained: Pretrained) -> Config:
     if pretrained.features_of is not None:
         raw["method"] |= {"teacher": plan.encoder_of(pretrained.features_of)}
     try:
-        return resolve(raw, method_options("pretrain"))
+        config = resolve(raw, method_options("pretrain"))
+        check_views(config)
+        return config
     except BadInput as error:
         raise BadInput(f"the pretraining of {model} by {pretrained.recipe}: {error}") from None
 

@@ -39,14 +39,24 @@ def load_recipe(verb: Verb, recipe: str, overrides: Sequence[str] = ()) -> "Conf
         BadInput: also where it asks for what only another verb does.
     """
     from foreseen.config import load
-    from foreseen.errors import BadInput
 
     config = load(verb, recipe, overrides, method_options(verb))
     if verb != "finetune":
-        for key, none in (("rand_augment", "null"), ("three_augment", "null"), ("erase", "0")):
-            if value := getattr(config.views, key):
-                raise BadInput(f"views.{key} {value} is of fine-tuning alone; set views.{key}={none}, or views.colour")
+        check_views(config)
     return config
+
+
+def check_views(config: "Config") -> None:
+    """Refuse what only fine-tuning does to pictures, and other verbs would overlook."""
+    from foreseen.errors import BadInput
+
+    for key, none in (("rand_augment", None), ("three_augment", None), ("erase", 0.0)):
+        value = getattr(config.views, key)
+        if value != none:
+            raise BadInput(
+                f"views.{key} {value} is of fine-tuning alone: set views.{key}={'null' if none is None else 0}; "
+                "colours are changed by views.colour, or by a method's own"
+            )
 
 
 def leave(preempted: bool) -> None:

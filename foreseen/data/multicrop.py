@@ -61,7 +61,7 @@ def multicrop_views(
         BadInput: the colours are given twice, a blur does not fit a crop, or the section asks for another crop.
     """
     if views.simple_crop:
-        raise BadInput("views.simple_crop true leaves large and small crops nothing to differ in; set it to false")
+        raise BadInput("views.simple_crop true is not done by the crops of self-distillation; set it to false")
     if options.colours is not None and views.colour is not None:
         raise BadInput(
             f"views.colour is given besides the colours of {options.colours} for the crops; set "

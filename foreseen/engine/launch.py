@@ -4,26 +4,23 @@ import contextlib
 import logging
 import os
 import warnings
-from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
 from foreseen.config import Compute
 from foreseen.engine.compiled import check_backend, compile_blocks
 from foreseen.engine.objective import Objective
+from foreseen.engine.rank_zero import PATIENCE
 from foreseen.engine.run_folder import cpu_info
 from foreseen.errors import BadInput
 from foreseen.models.blocks import repeated_blocks
 from foreseen.models.recompute import recompute_activations
 
 _logger = logging.getLogger(__name__)
-# Of ranks that wait for one that works alone, such as rank 0 over data that is far away; torch's ten minutes on a GPU
-# are soon over. A rank that dies is noticed by its launcher, not by this.
-_PATIENCE = timedelta(hours=1)
 _OTHER_ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }  # fmt: skip
@@ -48,14 +45,10 @@ def start(compute: Compute) -> Accelerator:
     # Buffers of our objectives are the same on every rank by construction; DDP need not send them each forward.
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
     # Precision is ours: accelerate has no fp16 on a CPU, and its scaler waits for the device at every step.
-    accelerator = Accelerator(
-        mixed_precision="no", kwargs_handlers=[buffers, InitProcessGroupKwargs(timeout=_PATIENCE)]
-    )
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[buffers, InitProcessGroupKwargs(timeout=PATIENCE)])
     accelerator.gradient_accumulation_steps = 1  # ours; one of accelerate's config would divide every loss once more
     if accelerator.device.type == "cuda":
-        # Convolutions in float32 keep 10 bits of 23 by default, and tokenizers would see other codes. Those under
-        # autocast stay as they are.
-        torch.backends.cudnn.allow_tf32 = False
+        keep_float32()
     if accelerator.device.type == "cpu" and compute.precision == "fp32":
         allow_fast_fp32()
     if accelerator.is_main_process:
@@ -63,9 +56,18 @@ def start(compute: Compute) -> Accelerator:
     return accelerator
 
 
+def keep_float32() -> None:
+    """Let a GPU keep all 23 bits of float32 in products, where TF32 has 10, and tokenizers would see other codes.
+
+    By default convolutions are in TF32, and in some containers matrix products are, too. What autocast rounds stays.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def _refuse_other_engines() -> None:
     for variable, name in _OTHER_ENGINES.items():
-        if parse_flag_from_env(variable):
+        if os.environ.get(variable, "").lower() == "true":  # as accelerate reads it
             raise BadInput(
                 f"accelerate's config asks for {name} ({variable}), which this loop cannot drive: checkpoints would "
                 "hold parts of the weights; launch with --multi_gpu, or with --config_file of configs/accelerate"

@@ -15,7 +15,7 @@ from foreseen.errors import BadInput
 
 # What torch, cuBLAS, cuDNN, NCCL and the driver call it where they raise a plain RuntimeError.
 _WORDS = (
-    "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory",
+    "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED", "CUDA error: out of memory",
     "CUDA driver error: out of memory", "Cuda failure 2 'out of memory'",
 )  # fmt: skip
 

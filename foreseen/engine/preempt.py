@@ -11,6 +11,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from foreseen.engine.rank_zero import PATIENCE
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_PREEMPTED = 85
 _AGREE_EVERY = 4  # steps; launchers kill 30 s after the signal unless told otherwise
@@ -31,7 +33,8 @@ class Preemption:
 
     def __enter__(self) -> Self:
         if self._ranks > 1:
-            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+            gloo = dist.get_backend() == "gloo"
+            self._group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=PATIENCE)
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 

@@ -5,12 +5,17 @@ large checkpoint is given to be saved.
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 
 from foreseen.errors import BadInput
+
+PATIENCE = timedelta(hours=1)
+"""Of ranks that wait for one that works alone; torch's ten minutes on GPUs are soon over where data is far away. A rank
+that dies is noticed by its launcher, another machine that does by this."""
 
 T = TypeVar("T")
 

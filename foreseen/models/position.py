@@ -83,11 +83,12 @@ def _shares(
     old_grid: tuple[int, int], new_grid: tuple[int, int], how: PositionResize, dtype: torch.dtype, device: torch.device
 ) -> Tensor:  # fmt: skip
     """What each place of the new grid takes of each place of the old one, [h * w of the new, h * w of the old]."""
-    places = torch.eye(old_grid[0] * old_grid[1], dtype=dtype).view(1, -1, *old_grid)
     antialias = how.startswith("antialias")
-    if how.endswith("offset"):
-        scale = ((new_grid[0] + 0.1) / old_grid[0], (new_grid[1] + 0.1) / old_grid[1])
-        taken = F.interpolate(places, scale_factor=scale, mode="bicubic", antialias=antialias)
-    else:
-        taken = F.interpolate(places, size=new_grid, mode="bicubic", antialias=antialias)
-    return taken.flatten(2)[0].T.contiguous().to(device)
+    with torch.inference_mode(False):  # kept for later, when it may be trained with
+        places = torch.eye(old_grid[0] * old_grid[1], dtype=dtype, device="cpu").view(1, -1, *old_grid)
+        if how.endswith("offset"):
+            scale = ((new_grid[0] + 0.1) / old_grid[0], (new_grid[1] + 0.1) / old_grid[1])
+            taken = F.interpolate(places, scale_factor=scale, mode="bicubic", antialias=antialias)
+        else:
+            taken = F.interpolate(places, size=new_grid, mode="bicubic", antialias=antialias)
+        return taken.flatten(2)[0].T.contiguous().to(device)

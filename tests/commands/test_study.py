@@ -183,6 +183,10 @@ def test_weights_that_a_recipe_makes_of_a_leaking_encoder_leak_as_well(
         ("study.teacher=nowhere", "neither best, nor MODEL/START/AUGMENTATION of the study, nor an encoder folder"),
         ("study.models.vit.pretrained={}", "give one of them"),
         ("study.models.vit.pretrained={recipe: mae_cpu_minutes, features_of: resnet}", "stands before it"),
+        (
+            "study.models.vit.pretrained={recipe: mae_cpu_minutes, views: {erase: 0.2}}",
+            r"the pretraining of vit .*views\.erase 0\.2 is of fine-tuning alone",
+        ),
         ("optim.base_lr=-1", r"the cell vit, scratch, plain with 2 labels a class: optim\.base_lr"),
         ("views=5", "views must be a section"),
         ("data.test_split=nowhere", "nowhere"),

@@ -14,6 +14,7 @@ _ANY_ORDER = (
     "upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "_upsample_bilinear2d_aa_backward",
     "_upsample_bicubic2d_aa_backward", "index_add", "index_reduce", "scatter_reduce", "put", "grid_sampler_2d_backward",
     "reflection_pad2d_backward", "replication_pad2d_backward", "adaptive_max_pool2d_backward", "embedding_bag",
+    "nll_loss2d_backward", "fractional_max_pool2d_backward", "kthvalue", "histc",
 )  # fmt: skip
 
 

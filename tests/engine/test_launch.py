@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foreseen.config import Compute
-from foreseen.engine.launch import _advise_on, start
+from foreseen.engine.launch import _advise_on, keep_float32, start
 from foreseen.errors import BadInput
 
 
@@ -32,7 +32,7 @@ def test_a_gpu_without_bf16_gets_advice(
     [
         ("ACCELERATE_USE_FSDP", "true", "asks for FSDP .ACCELERATE_USE_FSDP., which this loop cannot drive"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
-        ("ACCELERATE_USE_MEGATRON_LM", "1", "asks for Megatron-LM"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "asks for Megatron-LM"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR.*compute.compile=true"),
     ],
 )
@@ -50,3 +50,15 @@ def test_accumulation_in_accelerates_config_does_not_divide_losses(monkeypatch: 
     weight = torch.ones((), requires_grad=True)
     start(Compute(precision="fp64")).backward(3.0 * weight)
     assert weight.grad == 3.0
+
+
+def test_a_gpu_keeps_float32() -> None:
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        keep_float32()
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)

@@ -121,7 +121,7 @@ def test_in_the_test_split_it_says_what_to_set_and_the_same_command_scores_it(
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("CUDA driver error: out of memory"),
         RuntimeError("NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),

@@ -5,6 +5,7 @@ so nothing runs backward here: gradients are zeros.
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,17 @@ from foreseen.data import views
 from foreseen.data.shards import ShardSet
 from foreseen.engine import trainer as trainer_module
 from foreseen.engine.trainer import Trainer
+from foreseen.models import drop_path, position
 from tests.engine.topologies import Topology, config_of, made_ready, methods
 
 GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_fake_is_kept() -> Iterator[None]:
+    yield
+    for kept in (views._constants, drop_path._rates, position._shares):
+        kept.cache_clear()
 
 
 class Copies(TorchDispatchMode):
