@@ -47,9 +47,8 @@ def _small(**more: Any) -> DINOv2:
 
 
 def test_koleo_adds_in_one_order_on_a_gpu_too() -> None:
-    features = torch.tensor(
-        [[1.0, 0.1], [1.0, 0.0], [1.0, -0.12]], requires_grad=True
-    )  # two have the second as nearest
+    # The second is the nearest to both others.
+    features = torch.tensor([[1.0, 0.1], [1.0, 0.0], [1.0, -0.12]], requires_grad=True)
     with AnyOrder() as any_order:
         koleo(features, 3).backward()
     assert any_order.found == []
