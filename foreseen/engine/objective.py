@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from foreseen.data.batch import Batch
 from foreseen.data.views import Request
 from foreseen.keys import stream_constant
+from foreseen.models.frozen import is_untrained
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ class Objective(nn.Module):
         """
         super().train(mode)
         for network in self.children():
-            parameters = list(network.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
+            if is_untrained(network):
                 network.eval()
         return self
 

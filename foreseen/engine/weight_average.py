@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foreseen.engine.batch_statistics import batch_statistics
+from foreseen.models.frozen import is_untrained
 
 
 class WeightAverage:
@@ -26,8 +27,7 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._decay = decay
         self._weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-        learn = {name: [p.requires_grad for p in part.parameters()] for name, part in module.named_children()}
-        untrained = tuple(f"{name}." for name, which in learn.items() if which and not any(which))
+        untrained = tuple(f"{name}." for name, part in module.named_children() if is_untrained(part))
         # All but the counters, of which there is no mean.
         self._statistics = {
             name: value

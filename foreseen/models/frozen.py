@@ -7,6 +7,12 @@ from torch import Tensor, nn
 Network = TypeVar("Network", bound=nn.Module)
 
 
+def is_untrained(network: nn.Module) -> bool:
+    """Whether it has weights and trains none, as a teacher."""
+    trained = [parameter.requires_grad for parameter in network.parameters()]
+    return bool(trained) and not any(trained)
+
+
 class Frozen(nn.Module, Generic[Network]):
     """Holds a network still: it moves with `.to(...)`, is not trained, stays as in evaluation, is in no checkpoint.
 
