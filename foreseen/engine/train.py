@@ -56,7 +56,7 @@ def train(job: Job, accelerator: Accelerator) -> Outcome:
             with trainer.meter.paused():
                 probe(trainer, step, log)
             batches = trainer.batches(step)
-            stopped, first = False, None
+            stopped = False
             while step < trainer.total_steps and not stopped and not trainer.patience.is_over:
                 first = None  # or its images would be held through the next step
                 first = trainer.step(step, batches)

@@ -27,10 +27,13 @@ class AnyOrder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.rstrip("_")
-        sorts_on_a_gpu = any(frame.name == sum_by_code.__name__ for frame in traceback.extract_stack())
-        if (name in _ANY_ORDER and not sorts_on_a_gpu) or (name == "scatter_add" and _meet(*args[1:])):
+        if (name in _ANY_ORDER and not _sorts_on_a_gpu()) or (name == "scatter_add" and _meet(*args[1:])):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
+
+
+def _sorts_on_a_gpu() -> bool:
+    return any(frame.name == sum_by_code.__name__ for frame in traceback.extract_stack())
 
 
 def _meet(dim: int, index: Tensor, source: Tensor) -> bool:

@@ -6,19 +6,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from foreseen.commands.verbs import Verb, command_of
-from foreseen.data.shards import ShardSet
+from foreseen.commands.verbs import Verb
 from foreseen.engine.trainer import Trainer
 from tests.engine.any_order import AnyOrder
-from tests.engine.topologies import Topology, config_of, made_ready, methods
+from tests.engine.topologies import Topology, config_of, job_of, methods
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("verb", "method"), methods())
 def test_nothing_in_a_step_adds_in_any_order(small_shards: Path, tmp_path: Path, verb: Verb, method: str) -> None:
     config = config_of(verb, method, small_shards, tmp_path, Topology(1, 2, precision="fp32"))
-    shards = ShardSet.open(small_shards, "train")
-    job = command_of(verb).make_job(made_ready(verb, config.with_length(37), shards), shards)
+    job = job_of(verb, config, small_shards)
     trainer = Trainer(job, Accelerator(cpu=True))
     trainer.job.objective.train()
     with AnyOrder() as any_order:

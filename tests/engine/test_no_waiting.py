@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foreseen.commands.verbs import Verb, command_of
-from foreseen.data.shards import ShardSet
+from foreseen.commands.verbs import Verb
 from foreseen.engine.trainer import Trainer
-from tests.engine.topologies import GLOBAL_SIZE, Topology, config_of, made_ready, methods
+from tests.engine.topologies import GLOBAL_SIZE, Topology, config_of, job_of, methods
 
 _READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 
@@ -40,8 +39,7 @@ def test_a_step_reads_nothing_from_the_device(
     config = config_of(verb, method, small_shards, tmp_path, Topology(1, 2, precision=precision))
     adamw = config.optim.model_copy(update={"name": "adamw"})  # others wait once a step, and the log says so
     config = config.model_copy(update={"optim": adamw})
-    shards = ShardSet.open(small_shards, "train")
-    job = command_of(verb).make_job(made_ready(verb, config.with_length(37), shards), shards)
+    job = job_of(verb, config, small_shards)
     trainer = Trainer(job, Accelerator(cpu=True))
     assert None not in (trainer.ledger, trainer.recorder, trainer.average)
     assert trainer.layout.micro_size == GLOBAL_SIZE // 2

@@ -17,13 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from foreseen.commands.verbs import Verb, command_of
+from foreseen.commands.verbs import Verb
 from foreseen.data import views
-from foreseen.data.shards import ShardSet
 from foreseen.engine import trainer as trainer_module
 from foreseen.engine.trainer import Trainer
 from foreseen.models import drop_path, position
-from tests.engine.topologies import Topology, config_of, made_ready, methods
+from tests.engine.topologies import Topology, config_of, job_of, methods
 
 GPU = torch.device("cuda", 0)
 
@@ -80,8 +79,7 @@ def test_a_step_stays_on_its_device(
     adamw = config.optim.model_copy(update={"name": "adamw"})  # others wait once a step, and the log says so
     # The ledger is kept on the host, and fake tensors of the host have no numbers either.
     config = config.model_copy(update={"optim": adamw, "run": config.run.model_copy(update={"ledger": None})})
-    shards = ShardSet.open(small_shards, "train")
-    job = command_of(verb).make_job(made_ready(verb, config.with_length(37), shards), shards)
+    job = job_of(verb, config, small_shards)
     fakes, accelerator, draw_colours = (
         FakeTensorMode(allow_non_fake_inputs=True),
         Accelerator(cpu=True),

@@ -20,6 +20,7 @@ from foreseen.commands.verbs import VERBS, Verb, command_of, load_recipe, method
 from foreseen.config import Config, recipe_names
 from foreseen.data.loader import BatchBuilder
 from foreseen.data.shards import ShardSet
+from foreseen.engine.job import Job
 from foreseen.pretrain.methods import METHODS
 from tests.small_methods import plain_vit, small_method
 
@@ -102,6 +103,13 @@ def made_ready(verb: Verb, config: Config, shards: ShardSet) -> Config:
         return config
     config.run.dir.mkdir(parents=True, exist_ok=True)
     return ready(config, lambda request: BatchBuilder.configured(shards, request, config), Accelerator(cpu=True))
+
+
+def job_of(verb: Verb, config: Config, pictures: Path) -> Job:
+    """What a run of the config would be made of."""
+    shards = ShardSet.open(pictures, "train")
+    job: Job = command_of(verb).make_job(made_ready(verb, config.with_length(37), shards), shards)
+    return job
 
 
 def run(verb: Verb, config: Config) -> None:
